@@ -1,0 +1,1 @@
+"""The journal: redo log, undo log, index and catalog of one disk."""
