@@ -1,0 +1,1 @@
+"""The replay engine: points, resolution, apply, reclaim, views, restore and rollback."""
