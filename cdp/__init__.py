@@ -1,0 +1,1 @@
+"""The daemon, its processes, its interfaces and its command line."""
