@@ -1,0 +1,1 @@
+"""Application-consistent bookmarks: freeze, hooks, guest agent."""

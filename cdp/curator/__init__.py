@@ -1,0 +1,1 @@
+"""The curator process: apply, reclaim, sweep, index, retention."""

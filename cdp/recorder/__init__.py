@@ -1,0 +1,1 @@
+"""The recorder process: append, acknowledge, read the live disk."""

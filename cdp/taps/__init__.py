@@ -1,0 +1,1 @@
+"""Taps: kernel nbd, device-mapper, qemu."""

@@ -1,0 +1,1 @@
+"""The viewer process: views and restores, read-only."""
