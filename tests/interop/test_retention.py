@@ -1,0 +1,178 @@
+"""What is kept: the window by time, the journal's limit, bookmarks; and scrub, which checks it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from cdp.nbd.client import NbdClient, NbdNegotiationError, NbdServerError
+from tests.interop.commands import Commands, eventually
+from tests.interop.daemon import Daemon
+
+MIB = 1 << 20
+BLOCK = 4096
+
+
+@pytest.fixture
+def cdp(shared: Daemon) -> Commands:
+    """`cdp` for the module's daemon."""
+    return Commands(shared.directory)
+
+
+def content(uri: str) -> bytes:
+    """All of an export."""
+    with NbdClient.connect(uri, timeout=60) as client:
+        return client.read(0, client.size)
+
+
+def journal_bytes(path: Path) -> int:
+    """What a journal takes of its file system."""
+    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+
+
+def test_the_window_is_what_was_asked_for(shared: Daemon, cdp: Commands) -> None:
+    cdp("disk", "add", "timed", "--size", "1M", "--segment-bytes", "1M")
+    with NbdClient.connect(shared.uri("timed"), timeout=60) as client:
+        for number in range(600):
+            client.write(number % 256 * BLOCK, number.to_bytes(4, "big") * 1024)
+            if number == 299:
+                cdp("bookmark", "add", "timed", "early")
+        client.flush()
+    last = cdp.disk("timed")["durable_seq"]
+    assert cdp.disk("timed")["window_start_seq"] == 0
+    assert content(shared.uri("timed@seq:1"))[:4] == bytes(4)
+    early = content(shared.uri("timed@early"))
+    cdp("disk", "set", "timed", "window=0.2s")
+    eventually(lambda: cdp.disk("timed")["window_start_seq"] >= last - 1, lambda: cdp.disk("timed"))
+    disk = cdp.disk("timed")
+    assert disk["window_configured"] == 0.2
+    says = "is not kept; openable: seq:.*nearest bookmarks: early"
+    cdp.refused("view", "open", "timed", "--at", "seq:5", says=says)
+    with pytest.raises(NbdNegotiationError, match="is not kept"):
+        NbdClient.connect(shared.uri("timed@seq:5"), timeout=60)
+    assert content(shared.uri("timed@early")) == early
+    cdp("disk", "set", "timed", "window=1h")
+    with NbdClient.connect(shared.uri("timed"), timeout=60) as client:
+        client.write(0, b"\xaa" * BLOCK)
+        client.write(0, b"\xbb" * BLOCK)
+        client.flush()
+    now = cdp.disk("timed")["last_seq"]
+    assert content(shared.uri(f"timed@seq:{now - 1}"))[:BLOCK] == b"\xaa" * BLOCK
+    cdp("bookmark", "remove", "timed", "early")
+    cdp.refused("view", "open", "timed", "--at", "early", says="no bookmark 'early'")
+    cdp("disk", "remove", "timed", "--purge")
+
+
+def test_a_small_journal_keeps_its_limit_and_the_newest_points(
+    shared: Daemon, cdp: Commands, seed: int
+) -> None:
+    rng = random.Random(seed)
+    limit, size, chunk = 16 * MIB, 2 * MIB, 64 << 10
+    words = ["--size", str(size), "--segment-bytes", "1M", "--journal-limit", str(limit)]
+    cdp("disk", "add", "small", *words)
+    journal = Path(cdp.disk("small")["journal"])
+    with NbdClient.connect(shared.uri("small"), timeout=60) as client:
+        client.write(0, rng.randbytes(size))
+        cdp("bookmark", "add", "small", "far-back")
+        far_back = client.read(0, size)
+        disk = bytearray(far_back)
+        most = 0
+        recent: list[bytes] = []
+        for number in range(64 * MIB // chunk):
+            offset = rng.randrange(size // chunk) * chunk
+            data = rng.randbytes(1024) * (chunk // 1024)
+            client.write(offset, data)
+            disk[offset : offset + chunk] = data
+            recent = [*recent[-9:], bytes(disk)]
+            if number % 160 == 159:
+                client.flush()
+                most = max(most, journal_bytes(journal))
+        client.flush()
+    last = cdp.disk("small")["durable_seq"]
+    for back, expected in enumerate(reversed(recent)):
+        if back % 3 == 0:
+            assert content(shared.uri(f"small@seq:{last - back}")) == expected, back
+    assert content(shared.uri("small@far-back")) == far_back
+    # What arrives during one step of the curator comes on top, which is much for a limit so small.
+    assert most <= 3 * limit, f"the journal took {most / MIB:.1f} MiB"
+    described = cdp.disk("small")
+    assert described["window_start_seq"] > 100
+    assert described["state"] == "served"
+    cdp.refused("view", "open", "small", "--at", "seq:100", says="is not kept; openable: ")
+    assert cdp.json("scrub", "small")["damaged"] == []
+    cdp("rollback", "small", "--to", "far-back", "--yes")
+    assert content(shared.uri("small")) == far_back
+    cdp("disk", "remove", "small", "--purge")
+
+
+def test_pins_alone_throttle(shared: Daemon, cdp: Commands, seed: int) -> None:
+    """When only bookmarks are left, writes are held back until there is room; nothing is lost."""
+    rng = random.Random(seed)
+    size, chunk = 4 * MIB, 256 << 10
+    words = ["--size", str(size), "--segment-bytes", "1M", "--journal-limit", "8M"]
+    cdp("disk", "add", "pinned", *words)
+    states = []
+    with NbdClient.connect(shared.uri("pinned"), timeout=60) as client:
+        for number in range(2):
+            for offset in range(0, size, chunk):
+                client.write(offset, rng.randbytes(chunk))
+            client.flush()
+            cdp("bookmark", "add", "pinned", f"mark-{number}")
+            states.append(client.read(0, size))
+    for number, state in enumerate(states):
+        assert content(shared.uri(f"pinned@mark-{number}")) == state
+    cdp("disk", "set", "pinned", "journal-limit=64M")
+    with NbdClient.connect(shared.uri("pinned"), timeout=60) as client:
+        for offset in range(0, size, chunk):
+            client.write(offset, rng.randbytes(chunk))
+        client.flush()
+    for number, state in enumerate(states):
+        assert content(shared.uri(f"pinned@mark-{number}")) == state
+    cdp("disk", "remove", "pinned", "--purge")
+
+
+def test_scrub_finds_what_is_damaged(shared: Daemon, cdp: Commands) -> None:
+    cdp("disk", "add", "hurt", "--size", "4M", "--segment-bytes", "1M")
+    with NbdClient.connect(shared.uri("hurt"), timeout=60) as client:
+        for number in range(1, 601):
+            client.write(number * BLOCK, number.to_bytes(4, "big") * 1024)
+        client.write(77 * BLOCK, b"\x01" * BLOCK)
+        client.flush()
+    cdp("disk", "drain", "hurt")
+    assert cdp.json("scrub", "hurt")["damaged"] == []
+    (record,) = cdp.json("journal", "dump", "hurt", "--from", "seq:77", "--to", "seq:77")
+    assert (record["seq"], record["kind"]) == (77, "write")
+    journal = Path(cdp.disk("hurt")["journal"])
+    with (journal / record["file"]).open("r+b") as file:
+        file.seek(record["file_offset"] + 100)
+        file.write(b"\xff\xff")
+    ran = cdp.run("scrub", "hurt", "--json")
+    assert ran.status == 1
+    assert "1 damaged places; points that need them fail to read" in ran.err
+    import json
+
+    (damaged,) = json.loads(ran.out)["damaged"]
+    assert damaged["file"] == record["file"]
+    assert (damaged["first_seq"], damaged["last_seq"]) == (77, 77)
+    low, high = record["file_offset"], record["file_offset"] + BLOCK
+    assert low <= damaged["offset"] < high
+    assert damaged["from_time"] == pytest.approx(record["time"], abs=0.001)
+    for seq, block, readable in [
+        (76, 77, True), (77, 77, False), (300, 77, False), (77, 76, True), (300, 200, True),
+        (601, 77, True),
+    ]:  # fmt: skip
+        with NbdClient.connect(shared.uri(f"hurt@seq:{seq}"), timeout=60) as view:
+            if readable:
+                assert len(view.read(block * BLOCK, BLOCK)) == BLOCK
+            else:
+                with pytest.raises(NbdServerError):
+                    view.read(block * BLOCK, BLOCK)
+    assert content(shared.uri("hurt"))[77 * BLOCK : 78 * BLOCK] == b"\x01" * BLOCK
+    assert content(shared.uri("hurt@now"))[77 * BLOCK : 78 * BLOCK] == b"\x01" * BLOCK
+    output = str(shared.directory / "out.img")
+    says = "reading hurt failed .*look with 'cdp scrub hurt'"
+    cdp.refused("restore", "hurt", "--to", "seq:300", "--output", output, says=says)
+    assert not Path(output).exists()
+    cdp("disk", "remove", "hurt", "--purge")
