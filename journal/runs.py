@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
 import lmdb
 import numpy as np
@@ -99,6 +100,22 @@ class _Shared:
 
 _shared: Final = _Shared()
 _FEW_BLOCKS: Final = 12  # fewer than that are looked up faster one by one
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _lmdb_is_told(method: _F) -> _F:
+    """What LMDB finds wrong inside a file that was whole when it was opened is damage, too."""
+
+    @functools.wraps(method)
+    def guarded(self: Run, *arguments: Any) -> Any:
+        try:
+            return method(self, *arguments)
+        except lmdb.Error as error:
+            raise self._damaged(f"LMDB: {error}") from error
+
+    return cast(_F, guarded)
 
 
 class Run:
@@ -203,6 +220,7 @@ class Run:
         page, at = self._rank(key, seq)
         return None if page is None or page[at - 1] != key else (page, at - 1)
 
+    @_lmdb_is_told
     def _first_gt(self, key: int, seq: int) -> tuple[memoryview, int] | None:
         """Page and place of the first entry > (key, seq), if it has that key."""
         page, at = self._rank(key, seq)
@@ -224,6 +242,7 @@ class Run:
     def _is_dead(self, loc: int) -> bool:
         return loc >> LOC_SEGMENT_SHIFT & (SEGMENT_ID_MAX - 1) in self.dead
 
+    @_lmdb_is_told
     def _rank(self, key: int, seq: int) -> tuple[memoryview | None, int]:
         """The page in which (key, seq) would lie, and how many of its entries are <= it.
 
@@ -393,6 +412,7 @@ class Run:
             raise self._damaged("metadata and entries differ")
 
     # ------------------------------------------------------------------------------------ pages
+    @_lmdb_is_told
     def _load_firsts(self) -> None:
         """The first entry of every page, 16 bytes each, with an end mark: on first need."""
         if self._keys is not None:
@@ -409,6 +429,7 @@ class Run:
             raise self._damaged("pages out of order")
         self._keys, self._first_key, self._first_seq = keys, key, seq
 
+    @_lmdb_is_told
     def _load(self, pages: npt.NDArray[np.intp]) -> Column:
         """The words of some pages (ascending, not too many), one after the other, checked."""
         if self._env is None:
