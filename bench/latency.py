@@ -95,7 +95,8 @@ def main() -> None:
         reached = min(outcome.rate for half in (without, working) for outcome in half.outcomes)
         if reached < RATE_MIN * chosen.rate:
             report.void(what, f"the rate was not reached: {reached:,.0f}/s; try a quieter machine")
-        report.at_most(what, working.p99() / without.p99(), 2.0, " x")
+        else:
+            report.at_most(what, working.p99() / without.p99(), 2.0, " x")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ DISK = "d"
 BLOCK = 4096
 MIB = 1 << 20
 READY_SECONDS = 20.0
+LOG_SHOWN = 3000
 # After a drain the curator still indexes and reclaims; so long it may take until it is quiet.
 SETTLE_SECONDS_MAX = 60.0
 QUIET_SHARE = 0.1
@@ -166,7 +167,7 @@ def _log_of(daemon: Daemon) -> Iterator[None]:
     try:
         yield
     except Exception:
-        print(f"bench: cdpd said:\n{daemon.said()}", file=sys.stderr)
+        print(f"bench: cdpd said:\n{daemon.said()[-LOG_SHOWN:]}", file=sys.stderr)
         raise
 
 

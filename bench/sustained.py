@@ -140,7 +140,7 @@ def judge(report: Report, run: Run, own_burst: float, watch: Watch) -> None:
     report.at_least("sustained / own burst", median / own_burst, 0.6, " x")
     low = sum(second < median / 2 for second in steady)
     report.at_least(
-        "slowest second / median", min(steady) / median, 0.5, " x",
+        "slowest second / median", min(steady) / max(median, 1.0), 0.5, " x",
         detail=f"{low} of {len(steady)} seconds below half",
     )  # fmt: skip
     fullest = max(watch.samples, key=lambda sample: max(sample.journal_bytes, sample.allocated))
@@ -198,11 +198,11 @@ def main() -> None:
                     disk, other, watch,
                     seconds=chosen.seconds, chunk=chosen.chunk, tail=parse_size(chosen.tail),
                 )  # fmt: skip
+            if chosen.series:
+                samples = [asdict(sample) for sample in watch.samples]
+                series = {"ours": run.ours, "theirs": run.theirs, "samples": samples}
+                chosen.series.write_text(json.dumps(series))
             judge(report, run, own_burst, watch)
-        if chosen.series:
-            samples = [asdict(sample) for sample in watch.samples]
-            series = {"ours": run.ours, "theirs": run.theirs, "samples": samples}
-            chosen.series.write_text(json.dumps(series))
 
 
 if __name__ == "__main__":
