@@ -130,6 +130,9 @@ def _read_copy(storage: Storage, name: str, disk: bytes) -> _Found:
     return copy
 
 
+_ROOM: Final = bytes(8 * CATALOG_ALIGN)
+
+
 def _entries(data: bytes, disk: bytes, name: str) -> Iterator[tuple[int, Entry | None]]:
     """Every whole entry with its place; None once for each stretch that is neither that nor zero.
 
@@ -137,7 +140,10 @@ def _entries(data: bytes, disk: bytes, name: str) -> Iterator[tuple[int, Entry |
     carries the right checksum was a commit.
     """
     at, rubbish = 0, False
-    while at < len(data):
+    end = len(data)
+    while data[end - len(_ROOM) : end] == _ROOM:  # most of a file is room for more
+        end -= len(_ROOM)
+    while at < end:
         found = unpack_entry(data, at, disk=disk, file=name)
         if found is not None:
             yield at, found[0]

@@ -24,7 +24,8 @@ from journal.format import BLOCK, Kind
 from journal.run_format import RunDamaged
 from journal.segment import SegmentInfo, Table
 from replay.payloads import Payloads, Write, in_disk_order
-from replay.plan import TRIM, Changes, group_end, plan_changes, stretches
+from replay.plan import TRIM, Changes, group_end, large_zeroes, plan_changes, stretches
+from replay.ranges import zero_range
 from replay.refs import decide
 from replay.release import zero_blocks
 from replay.work import BUFFER_BLOCKS, Work, bitmap, members
@@ -122,6 +123,11 @@ class Applier:
         kind = int(group.rows["kind"][0])
         if kind in (Kind.GAP_BEGIN, Kind.GAP_END):
             self._work.blocks.forget(self._work.backing.size())
+        elif len(group.rows) == 1 and group.valid[0] and large_zeroes(group.rows)[0]:
+            start, count = int(group.rows["block"][0]), int(group.rows["nblocks"][0])
+            self.unsynced_bytes += zero_range(
+                self._work, start, start + count, group.first_seq, fresh_above=fresh_above
+            )
         elif len(group.rows) == 1 and int(group.rows["nblocks"][0]) > limit_blocks:
             self._large(group, limit_blocks, fresh_above)
         else:

@@ -257,6 +257,12 @@ class History:
         ]
         return merged(parts)
 
+    def images(self, first_block: int, end_block: int) -> Entries:
+        """The before-images with a block in [first_block, end_block)."""
+        return merged(
+            [source.facts.overlapping(first_block, end_block) for source in self.current().undo]
+        )
+
     def changed(self, first_seq: int, last_seq: int) -> Iterator[Pair]:
         """(starts, ends) of ranges of blocks with a version, or an image's end, in the range of
         seqs.

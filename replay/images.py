@@ -53,13 +53,19 @@ class Images:
 
     def zeroes(self, blocks: np.ndarray, ends: np.ndarray) -> None:
         """Blocks (u64) that held zeroes just before their ends; nothing is copied."""
-        bounds = stretches(blocks, ends)
-        starts = bounds[:-1]
-        self.zero_ranges(blocks[starts], np.diff(bounds), ends[starts])
+        self.zero_ranges(blocks, np.ones(len(blocks), np.int64), ends)
 
     def zero_ranges(self, starts: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> None:
-        """The same of ranges of blocks."""
-        entries = _entries(starts, ends, counts, Kind.IMAGE_ZERO)
+        """The same of ranges of blocks; those that follow each other become one image."""
+        order = np.lexsort((starts, ends))
+        starts, counts, ends = starts[order], counts[order].astype(np.int64), ends[order]
+        behind = starts + counts.astype(np.uint64)
+        new = np.ones(len(starts), bool)
+        new[1:] = (ends[1:] != ends[:-1]) | (starts[1:] != behind[:-1])
+        first = np.flatnonzero(new)
+        if len(first):
+            counts = np.add.reduceat(counts, first)
+        entries = _entries(starts[first], ends[first], counts, Kind.IMAGE_ZERO)
         for at in range(0, len(entries), BATCH_IMAGES):
             self._append(entries[at : at + BATCH_IMAGES], [], [])
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from journal.format import Kind
 
+LARGE_ZERO_BLOCKS = 8192  # a zero of so many is not cut into blocks
 # In ``Changes.row``: the group's newest version is a trim, the block becomes zero.
 TRIM = np.int64(-1)
 _ROW_BITS = np.uint64(32)
@@ -105,9 +106,16 @@ def stretches(blocks: np.ndarray, *same: np.ndarray) -> np.ndarray:
 def group_end(rows: np.ndarray, valid: np.ndarray, limit_blocks: int) -> int:
     """How many of the rows a group takes so that it changes at most ``limit_blocks`` blocks.
 
-    At least one: a record larger than the limit is a group by itself (`apply` does it in slices).
-    Trims cost nothing here.
+    At least one: a record larger than the limit is a group by itself (`apply` does it in slices),
+    and so is a large zero. Trims cost nothing here.
     """
     counted = valid & (rows["kind"] != Kind.TRIM)
     work = np.cumsum(np.where(counted, rows["nblocks"].astype(np.int64), 0))
-    return max(1, int(np.searchsorted(work, limit_blocks, "right"))) if len(rows) else 0
+    count = max(1, int(np.searchsorted(work, limit_blocks, "right"))) if len(rows) else 0
+    large = np.flatnonzero(valid[:count] & large_zeroes(rows[:count]))
+    return max(1, int(large[0])) if len(large) else count
+
+
+def large_zeroes(rows: np.ndarray) -> np.ndarray:
+    """Which rows are zeroes that are handled as ranges (bool)."""
+    return np.asarray((rows["kind"] == Kind.ZERO) & (rows["nblocks"] >= LARGE_ZERO_BLOCKS))

@@ -221,7 +221,7 @@ def save(work: Work, info: SegmentInfo, table: Table, need: Need) -> int:
     images = Images(work.undo)
     kind = table.rows["kind"][need.row]
     zero = (kind == Kind.ZERO) | (kind == Kind.TRIM)
-    images.zero_ranges(*_joined(need, zero))
+    images.zero_ranges(need.starts[zero], need.counts[zero], need.end[zero])
     write = kind == Kind.WRITE
     if write.any():
         blocks, number = expand(need.starts[write], need.counts[write])
@@ -233,18 +233,6 @@ def save(work: Work, info: SegmentInfo, table: Table, need: Need) -> int:
         sources = table.rows["arg"][need.row[ref]][number]
         _save_refs(work, images, sources, blocks, need.end[ref][number])
     return images.copied
-
-
-def _joined(need: Need, which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Some of the ranges, those together that follow each other and have one end."""
-    starts, counts, ends = need.starts[which], need.counts[which], need.end[which]
-    order = np.lexsort((starts, ends))
-    starts, counts, ends = starts[order], counts[order], ends[order]
-    new = np.ones(len(starts), bool)
-    new[1:] = (ends[1:] != ends[:-1]) | (starts[1:] != starts[:-1] + counts[:-1].astype(np.uint64))
-    first = np.flatnonzero(new)
-    total = np.add.reduceat(counts, first) if len(first) else counts
-    return starts[first], total, ends[first]
 
 
 def _save_refs(

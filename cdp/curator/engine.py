@@ -206,7 +206,7 @@ class Engine:
 
     def _group_blocks(self) -> int:
         """A step must be short against the time in which a client can fill a small journal."""
-        return max(256, min(GROUP_BLOCKS, self.policy.journal_limit // GROUP_LIMIT_PART // BLOCK))
+        return min(GROUP_BLOCKS, max(256, self.policy.journal_limit // GROUP_LIMIT_PART // BLOCK))
 
     def retry_apply(self) -> None:
         """What held it may be gone."""

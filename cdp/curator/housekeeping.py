@@ -109,9 +109,9 @@ class Housekeeping:
         )  # fmt: skip
 
     def _is_stuck(self, name: str, openable: Openable) -> bool:
-        """Whether giving up a segment has failed, and the window has not moved since."""
+        """Whether giving up a segment has failed, and no point was given up since."""
         since = self._stuck.get(name)
-        return since is not None and since.window_start == openable.window_start
+        return since is not None and _same_points(since, openable)
 
     def _give_up(self, name: str, openable: Openable, work: Callable[[], bool]) -> bool:
         """Sweep or reclaim a segment; one with which that fails is left alone for a while."""
@@ -186,6 +186,7 @@ class Housekeeping:
         if info is not None and sweep.all_garbage(history.undo.table(info), openable):
             work.undo.roll()
             work.publish()
+            history.refresh()
 
     # ------------------------------------------------------------------------------------- time
     def _follow_window(self, now: int) -> None:

@@ -72,6 +72,7 @@ def _usable_footer(redo: RedoFollower, info: SegmentInfo, applied: int) -> Foote
     try:
         footer = load_footer(redo.file(info), info)
     except Corruption as error:
-        log.error("%s", error)
+        # A crash while it was written leaves this, too, and the batches say the same.
+        log.info("%s: its batches are read instead", error)
         return None
     return None if footer.rollback else footer

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import secrets
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -27,8 +28,10 @@ from journal.bitmaps import Rollback
 from journal.bitmaps import Rollbacks as RollbackTables
 from journal.errors import Corruption
 from journal.format import Kind
+from journal.hints import gather
 from journal.recovery import Lost, Recovered, recover
 from journal.redo import RedoWriter
+from journal.run_format import INDEX
 from journal.storage import Storage
 
 if TYPE_CHECKING:
@@ -72,10 +75,12 @@ def start_recorder(
     :raises JournalError: it cannot be recovered, or not now (no space).
     """
     began = time.monotonic()
+    hints = gather(storage, Path(config.journal) / INDEX, config.id_bytes)
+    if frontier.fresh:
+        hints = hints.and_frontier(frontier.durable, frontier.applied)
     recovered = recover(
         storage, config.id_bytes,
-        durable_hint=frontier.durable if frontier.fresh else 0,
-        applied_hint=frontier.applied if frontier.fresh else 0,
+        durable_hint=hints.durable, applied_hint=hints.applied, segment_hint=hints.segment,
         stamp=now_ns(time.CLOCK_BOOTTIME) + clock_offset_ns, identity=identity,
         copy_limit=config.unsynced_bytes,
     )  # fmt: skip
@@ -153,8 +158,9 @@ def _show(recorder: Recorder, recovered: Recovered) -> None:
     recorder.window_start = frontier.window_start
     stamp = recovered.highest_stamp
     frontier.durable_stamp = max(frontier.durable_stamp, stamp)
-    frontier.durable = max(frontier.durable, recovered.durable)
+    # First the segments, then the seqs in them: whoever sees `durable` looks for those.
     frontier.redo_generation += 1
+    frontier.durable = max(frontier.durable, recovered.durable)
     frontier.epoch += 1
 
 

