@@ -223,7 +223,10 @@ class Fake:
             view["connections"] = max(0, view["connections"] - 1)
 
     def hear(self, client: socket.socket) -> bool:
-        data, fds, _, _ = socket.recv_fds(client, 1 << 17, 16)
+        try:
+            data, fds, _, _ = socket.recv_fds(client, 1 << 17, 16)
+        except ConnectionResetError:  # the supervisor died with an answer unread
+            return False
         if not data:
             return False
         message = json.loads(data)
@@ -237,7 +240,8 @@ class Fake:
         except Refused as refused:
             kind, text = refused.args
             answer = {"id": message["id"], "error": {"kind": kind, "message": text}}
-            client.send(json.dumps(answer).encode())
+            with contextlib.suppress(OSError):
+                client.send(json.dumps(answer).encode())
             for fd in fds:
                 os.close(fd)
             return True

@@ -105,7 +105,7 @@ async def test_views_are_known_to_the_next_supervisor(world: World, with_disks: 
         await peer.go("disk0@seq:6")
         assert await peer.read(14) == b"viewer has it\n"
         await until(lambda: len(world.disk().params("viewer", "attach")) == 1)
-    async with with_disks() as (daemon, control):
+    async with peer, with_disks() as (daemon, control):
         await until(lambda: len(daemon.views.all()) == 2)
         known = {each["id"]: each for each in (await control.views())["views"]}
         assert known[mine["id"]]["writable"]
