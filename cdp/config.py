@@ -39,7 +39,7 @@ SYNC_AGE_SECONDS_MIN: Final = 0.01
 SYNC_AGE_SECONDS_MAX: Final = 60.0
 
 Overflow = Literal["shrink", "throttle", "block", "gap"]
-AfterLoss = Literal["hold", "offer"]
+AfterLoss = Literal["auto", "hold", "offer"]
 OVERFLOWS: Final = ("shrink", "throttle", "block", "gap")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
@@ -73,7 +73,7 @@ class DiskConfig(Struct, frozen=True, forbid_unknown_fields=True):
     tail_bytes: int = TAIL_BYTES_DEFAULT
     unsynced_bytes: int = TAIL_UNSYNCED_BYTES_MAX
     sync_age_seconds: float = 1.0
-    after_loss: AfterLoss = "offer"
+    after_loss: AfterLoss = "auto"
     released: bool = False
 
     @property
@@ -277,7 +277,7 @@ class DefaultsConfig(Struct, frozen=True, forbid_unknown_fields=True, rename="ke
     segment: str = "64MiB"
     tail: str = "1GiB"
     sync_age: str = "1s"
-    after_loss: AfterLoss | Literal[""] = ""
+    after_loss: AfterLoss = "auto"
 
     def check(self) -> None:
         """:raises InvalidInput: no disk can have these."""

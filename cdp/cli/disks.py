@@ -193,7 +193,7 @@ def set_options(
         typer.Argument(
             metavar="KEY=VALUE...",
             help="window=DURATION, journal-limit=SIZE, overflow=POLICY, tail=SIZE, "
-            "sync-age=DURATION, after-loss=hold|offer. window=none: all that fits. "
+            "sync-age=DURATION, after-loss=auto|hold|offer. window=none: all that fits. "
             f"DURATION: {DURATION} SIZE: {SIZE}",
         ),
     ],
@@ -264,7 +264,7 @@ def resume(
 
 @app.command("offer")
 def offer(ctx: typer.Context, name: Disk, as_json: AsJson = False) -> None:
-    """Serve a disk again that is held because a crash lost writes (after-loss=hold)."""
+    """Serve a disk again that is held because a crash lost writes (after-loss)."""
     disk = client_of(ctx).post(path_of("disks", name, "offer"))
     if as_json:
         print_json(disk)

@@ -32,7 +32,6 @@ from cdp.nbd.wire import (
     NBD_META_BASE_ALLOCATION,
     LocalProtocolError,
 )
-from cdp.recorder.connection import Connection
 from cdp.recorder.rollback import changed_since, read_plan
 from cdp.rpc import Reply
 from journal.errors import Busy, Conflict, InvalidInput
@@ -160,14 +159,12 @@ class Service:
         leftover = base64.b64decode(params.get("leftover") or "")
         sock = socket.socket(fileno=fds.pop())
         try:
-            connection = Connection(
+            connection = process.attach(
                 sock, negotiated, leftover=leftover, peer=str(params.get("peer") or "")
             )
         except BaseException:
             sock.close()
             raise
-        connection.resize(process.recorder.size)
-        process.loop.attach(connection)
         return {"number": connection.number}
 
     async def disconnect(self, _params: Params, _fds: list[int], _call: Call) -> dict[str, Any]:

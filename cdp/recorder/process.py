@@ -14,6 +14,7 @@ import contextlib
 import gc
 import logging
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
 
-from cdp.config import read_json, write_atomically, write_json
+from cdp.nbd.export import Negotiated
+from cdp.recorder.connection import Connection
 from cdp.recorder.control import Service
 from cdp.recorder.engine import now_ns
+from cdp.recorder.holds import Holds
 from cdp.recorder.loop import Loop
 from cdp.recorder.start import Started, start_recorder
 from cdp.rpc import RpcServer
@@ -47,7 +50,6 @@ POISON_SECONDS: Final = 0.3
 # How long a clean stop waits for replies to be taken.
 FAREWELL_SECONDS: Final = 3.0
 COLLECT_SECONDS: Final = 30.0
-HOLD_FILE: Final = "held.json"
 
 
 class ChildLike(Protocol):
@@ -85,28 +87,6 @@ class ChildLike(Protocol):
     def frontier(self, *, create: bool, read_only: bool = False) -> Frontier:
         """The disk's shared page."""
         ...
-
-
-class Holds:
-    """Why the disk must not be offered before the administrator says so; outlives restarts."""
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / HOLD_FILE
-        self.reason: str | None = None
-        if self._path.exists():
-            self.reason = str(read_json(self._path, dict[str, str]).get("reason"))
-
-    def hold(self, reason: str) -> None:
-        """Durably, before anybody is served."""
-        self.reason = reason
-        write_json(self._path, {"reason": reason})
-
-    def offer(self) -> None:
-        """It may be offered."""
-        if self.reason is not None:
-            self.reason = None
-            write_atomically(self._path, b'{"reason": ""}\n')
-            self._path.unlink()
 
 
 class Process:
@@ -167,6 +147,16 @@ class Process:
         if self.gap:
             return "its backing is in the hands of others: take it back first"
         return self._damage or self.holds.reason
+
+    def attach(
+        self, sock: socket.socket, negotiated: Negotiated, *, leftover: bytes = b"", peer: str = ""
+    ) -> Connection:
+        """Serve a client that has been negotiated with; the socket is the connection's from now."""
+        self.holds.serves(sock)
+        connection = Connection(sock, negotiated, leftover=leftover, peer=peer)
+        connection.resize(self.recorder.size)
+        self.loop.attach(connection)
+        return connection
 
     def stop(self) -> None:
         """Begin a clean end."""
@@ -237,12 +227,7 @@ class Process:
         """Recovery is through: decide whether the disk may be offered, and begin."""
         recorder = started.recorder
         recorder.on_poison = self._on_poison
-        lost = started.lost
-        if lost is not None and self.config.after_loss == "hold":
-            self.holds.hold(
-                f"acknowledged writes {lost.first_seq}..{lost.last_seq} did not survive a crash, "
-                "and a client may count on them: check it, then say 'cdp disk offer'"
-            )
+        self.holds.judge(self.config.after_loss, started.lost, rebooted=started.rebooted)
         damaged = [each for each in started.corruptions if each.last_seq > recorder.tail.applied]
         if damaged:
             self._damage = (
@@ -295,6 +280,7 @@ class Process:
         else:
             if recorder.poisoned is None:
                 recorder.publish_durable()
+                self.holds.stopped_cleanly()
 
     # ------------------------------------------------------------------------------------- ticker
     async def _tick(self) -> None:

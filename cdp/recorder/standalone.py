@@ -24,7 +24,6 @@ from cdp.config import DISK_FILE, DiskConfig, load_disk, new_uuid, save_disk
 from cdp.nbd.export import ExportInfo
 from cdp.nbd.handshake import Closed, Established, ExportQuery, ListQuery, ServerHandshake
 from cdp.nbd.wire import NBD_REP_ERR_UNKNOWN
-from cdp.recorder.connection import Connection
 from cdp.recorder.control import EXPORT_FLAGS, META_CONTEXTS
 from cdp.recorder.process import Process
 
@@ -110,7 +109,7 @@ async def negotiate(stream: trio.SocketStream, process: Process) -> tuple[Negoti
 
 def attach(process: Process, sock: socket.socket, negotiated: Negotiated, leftover: bytes) -> None:
     """Hand a negotiated socket to the recorder, which owns it from here on."""
-    process.loop.attach(Connection(sock, negotiated, leftover=leftover))
+    process.attach(sock, negotiated, leftover=leftover)
 
 
 async def welcome(process: Process, stream: trio.SocketStream) -> None:

@@ -47,13 +47,17 @@ IDENTITY_BYTES: Final = 16
 
 @dataclasses.dataclass(slots=True)
 class Started:
-    """A recorder that may begin to serve, and what its recovery has to say."""
+    """A recorder that may begin to serve, and what its recovery has to say.
+
+    ``rebooted``: the end before was not clean, and of another boot.
+    """
 
     recorder: Recorder
     rollbacks: Rollbacks
     lost: Lost | None
     corruptions: list[Corruption]
     clean: bool
+    rebooted: bool
     size: int | None
 
 
@@ -110,8 +114,9 @@ def start_recorder(
     syncer.start(writer)
     _report(config, recovered, began)
     return Started(
-        recorder, rollbacks, recovered.lost, recovered.corruptions, recovered.clean, recovered.size
-    )
+        recorder, rollbacks, recovered.lost, recovered.corruptions, recovered.clean,
+        not recovered.clean and not frontier.fresh, recovered.size,
+    )  # fmt: skip
 
 
 def _load_tail(recovered: Recovered, overlay: Overlay, tail: Tail, rollbacks: Rollbacks) -> None:

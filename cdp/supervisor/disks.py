@@ -248,7 +248,7 @@ class Disks(Mapping[str, Disk]):
                 "tail": defaults.tail,
                 "sync-age": defaults.sync_age,
                 "segment": defaults.segment,
-                **({"after-loss": defaults.after_loss} if defaults.after_loss else {}),
+                "after-loss": defaults.after_loss,
                 **({"journal-limit": defaults.journal_limit} if defaults.journal_limit else {}),
             }
         )

@@ -22,7 +22,7 @@ MARKER: Final = "removing.json"
 PURGE: Final = "removing.purge"
 _JOURNAL_DIRECTORIES: Final = ("redo", "undo", "index")
 _JOURNAL_FILES: Final = ("catalog.*",)
-_OWN_FILES: Final = ("*.sock", "*.lock", "frontier", "*.new")
+_OWN_FILES: Final = ("*.sock", "*.lock", "frontier", "*.new", "held.json", "network-client")
 
 
 def mark(directory: Path, *, purge: bool) -> None:

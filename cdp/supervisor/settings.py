@@ -20,7 +20,7 @@ _DURATIONS: Final = {"window": "window_seconds", "sync-age": "sync_age_seconds"}
 _SIZES: Final = {"journal-limit": "journal_limit", "tail": "tail_bytes", "segment": "segment_bytes"}
 _WORDS: Final = {
     "overflow": ("overflow", OVERFLOWS),
-    "after-loss": ("after_loss", ("hold", "offer")),
+    "after-loss": ("after_loss", ("auto", "hold", "offer")),
 }
 CHANGEABLE: Final = ("window", "journal-limit", "overflow", "tail", "sync-age", "after-loss")
 # Which process has to hear of a change.

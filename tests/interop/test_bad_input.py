@@ -287,7 +287,7 @@ def test_what_is_not_there(cdp: Commands, words: list[str], says: str) -> None:
         (["set", "disk0", "sync-age=1h"], "must be between"),
         (["set", "disk0", "tail=1K"], "the tail is 1 KiB: it must be between 64 MiB and "),
         (["set", "disk0", "overflow=hide"], "overflow is one of "),
-        (["set", "disk0", "after-loss=none"], "after-loss is one of hold, offer"),
+        (["set", "disk0", "after-loss=none"], "after-loss is one of auto, hold, offer"),
         (["resize", "disk0", "0"], "must be above 0"),
         (["resize", "disk0", "1000"], "use 512 or 1024"),
         (["resize", "disk0", "17T"], "at most"),

@@ -27,7 +27,6 @@ from cdp.nbd.wire import (
     REQUEST,
     SIMPLE_REPLY,
 )
-from cdp.recorder.connection import Connection
 from cdp.recorder.control import EXPORT_FLAGS
 from cdp.recorder.process import Process
 from cdp.recorder.standalone import child_of, make_disk
@@ -133,8 +132,8 @@ class Client:
         plain, server = socket_pair(family)
         plain.setblocking(False)
         self.plain = plain
-        self.connection = Connection(server, negotiated(process.recorder.size), leftover=leftover)
-        process.loop.attach(self.connection)
+        given = negotiated(process.recorder.size)
+        self.connection = process.attach(server, given, leftover=leftover)
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(plain))
         self._send_lock = trio.Lock()
         self._next = 1 << 32

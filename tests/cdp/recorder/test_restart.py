@@ -15,7 +15,7 @@ import pytest
 
 from cdp.nbd.client import NbdClient, NbdNegotiationError
 from cdp.nbd.wire import RemoteProtocolError
-from cdp.recorder.process import HOLD_FILE
+from cdp.recorder.holds import HOLD_FILE, NETWORK_FILE
 from cdp.recorder.start import start_recorder
 from journal.format import Kind
 from journal.recovery import Lost
@@ -136,9 +136,15 @@ async def test_a_loss_holds_the_disk_if_it_shall(
         assert process.not_served() is None
 
 
-async def test_a_loss_is_no_reason_if_it_shall_not_be(
-    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("policy", "family", "held"),
+    [("auto", "unix", False), ("auto", "tcp", True), ("offer", "tcp", False)],
+)
+async def test_a_client_that_outlives_a_crash_must_not_find_the_disk(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch, policy: str, family: str, held: bool
 ) -> None:
+    """! It counts on writes that were acknowledged and are gone."""
+    config = new_disk(short_tmp, SIZE, after_loss=policy)
     start = start_recorder
 
     def lossy(*arguments: object) -> object:
@@ -146,9 +152,34 @@ async def test_a_loss_is_no_reason_if_it_shall_not_be(
         started.lost = Lost(17, 20, 1, 2)
         return started
 
+    async with recorder(short_tmp, config) as process:
+        async with clients(process, family):
+            pass
+        assert (short_tmp / NETWORK_FILE).exists() == (family == "tcp")
+        monkeypatch.setattr(process.holds, "stopped_cleanly", lambda: None)  # it crashes
     monkeypatch.setattr("cdp.recorder.process.start_recorder", lossy)
-    async with recorder(short_tmp, new_disk(short_tmp, SIZE)) as process:
-        assert process.not_served() is None
+    async with recorder(short_tmp, config) as process:
+        assert (process.not_served() is not None) == held
+        process.holds.offer()
+    monkeypatch.undo()
+    assert not (short_tmp / NETWORK_FILE).exists()  # a clean stop: nobody counts on more
+
+
+async def test_a_crash_of_the_host_may_lose_what_left_no_trace(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = new_disk(short_tmp, SIZE, after_loss="hold")
+    start = start_recorder
+
+    def rebooted(*arguments: object) -> object:
+        started = start(*arguments)  # type: ignore[arg-type]
+        assert not started.rebooted
+        started.rebooted = True
+        return started
+
+    monkeypatch.setattr("cdp.recorder.process.start_recorder", rebooted)
+    async with recorder(short_tmp, config) as process:
+        assert "may be lost" in str(process.not_served())
 
 
 async def test_a_journal_that_cannot_be_recovered_is_a_failed_disk(
