@@ -93,11 +93,14 @@ class Administration:
             result = await self.drain(disk, on_progress)
             await disk.curator.call("release_masked", on_progress=on_progress)
             with trio.CancelScope(shield=True):
-                await disk.recorder.call("gap_begin", {"reason": "released"})
+                # First, so that whatever comes between, nobody is served inside the gap.
                 disk.change(released=True)
-                await disk.stop(on_progress=on_progress)
-                disk.backing.close()
-                disk.cleared = False
+                try:
+                    await disk.recorder.call("gap_begin", {"reason": "released"})
+                except BaseException:
+                    disk.change(released=False)
+                    raise
+                await disk.let_go(on_progress)
         return result
 
     async def resume(self, disk: Disk, *, unchanged: bool, give_up_history: bool) -> None:
@@ -115,13 +118,20 @@ class Administration:
         with disk.exclusive("being taken back"), disk.closed_to_clients():
             if released:
                 disk.backing.acquire()
-                disk.change(released=False)
                 disk.start()
             try:
                 with trio.fail_after(ACCEPT_SECONDS_MAX):
                     await self._accept(disk, unchanged=unchanged, gap=released)
-            except trio.TooSlowError:
-                raise Busy(f"{disk.headline()}: see 'cdp status', and say it again then") from None
+            except BaseException as error:
+                why = disk.not_served()
+                if released:  # it still is: interrupted anywhere, this can be said again
+                    with trio.CancelScope(shield=True):
+                        await disk.let_go()
+                if isinstance(error, trio.TooSlowError):
+                    raise Busy(f"{disk.name} is not ready in time ({why}): say it again") from None
+                raise
+            if released:
+                disk.change(released=False)
 
     async def _accept(self, disk: Disk, *, unchanged: bool, gap: bool) -> None:
         """Its processes hear what the administrator knows of the time without them."""
@@ -136,7 +146,7 @@ class Administration:
         if gap:
             await disk.recorder.call("gap_end", {"unchanged": unchanged})
         if not forgotten:
-            await disk.sync()
+            await disk.recorder.call("sync", again=True)
             await disk.curator.call("forget_history")
 
     async def offer(self, disk: Disk) -> None:

@@ -139,6 +139,9 @@ class Disk:
             async with trio.open_nursery() as nursery:
                 for child in self.children.values():
                     nursery.start_soon(child.run)
+                if self.config.released and any(child.pid for child in self.children.values()):
+                    # A supervisor died while it let go of the disk, or took it back.
+                    await self.let_go()
                 task_status.started()
                 await self.ended.wait()
                 nursery.cancel_scope.cancel()
@@ -180,11 +183,17 @@ class Disk:
         """How it is, in a few words, for the line that says that the daemon is ready."""
         if self.config.released:
             return f"{self.name} is released"
+        reason = self.not_served()
+        return (
+            f"{self.name} is served" if reason is None else f"{self.name} is not served: {reason}"
+        )
+
+    def not_served(self) -> str | None:
+        """Which of its processes is not as it should be; None if they are."""
         for child in (self.recorder, self.curator):
             if child.state is not State.READY and not (child is self.curator and self.cleared):
-                reason = child.reason or f"its {child.role} is {child.state}"
-                return f"{self.name} is not served: {reason}"
-        return f"{self.name} is served"
+                return child.reason or f"its {child.role} is {child.state}"
+        return None
 
     async def stop(self, *, drain: bool = True, on_progress: OnProgress | None = None) -> None:
         """Stops its processes cleanly: what was written is applied, unless `drain` is False.
@@ -202,6 +211,12 @@ class Disk:
                 await self.curator.stop({"drain": False})
             except CdpError as refusal:
                 log.error("the curator of %s is left running: %s", self.name, refusal)
+
+    async def let_go(self, on_progress: OnProgress | None = None) -> None:
+        """Stop its processes, and leave its backing to others."""
+        await self.stop(on_progress=on_progress)
+        self.backing.close()
+        self.cleared = False
 
     # ---------------------------------------------------------------------------------- for others
 

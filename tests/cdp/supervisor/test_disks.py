@@ -355,6 +355,37 @@ async def test_a_released_disk_stays_released(world: World, with_disks: WithDisk
         assert len(world.disk().params("curator", "forget_history")) == 1
 
 
+async def test_a_disk_is_released_until_its_gap_has_an_end(
+    world: World, with_disks: WithDisks
+) -> None:
+    """Else what is written afterwards would lie inside the gap, and be openable never."""
+    async with with_disks("disk0") as (_, control):
+        await control.release("disk0", silent)
+        world.disk().behave("recorder", refuse={"gap_end": ["conflict", "not now"]})
+        with pytest.raises(Conflict, match="not now"):
+            await control.resume("disk0", True, False)
+        facts = await control.disk("disk0")
+        assert (facts["state"], facts["pids"]) == ("released", {})
+        world.disk().behave("recorder")
+        assert (await control.resume("disk0", True, False))["state"] == "served"
+
+
+async def test_what_a_supervisor_that_died_on_the_way_left_running_is_stopped(
+    world: World, with_disks: WithDisks
+) -> None:
+    """It is written down as released before the gap begins, and until the gap has an end."""
+    async with with_disks("disk0", clean=False) as (daemon, _):
+        daemon.disks["disk0"].change(released=True)
+    async with with_disks() as (daemon, control):
+        children = daemon.disks["disk0"].children.values()
+        await until(lambda: [each["method"] for each in world.disk().calls()].count("stop") == 2)
+        await until(lambda: not any(child.pid for child in children))
+        assert (await control.disk("disk0"))["state"] == "released"
+        with open(world.state_dir / "disks" / "disk0" / "backing.img") as backing:
+            fcntl.flock(backing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert (await control.resume("disk0", True, False))["state"] == "served"
+
+
 @pytest.mark.parametrize(("unchanged", "give_up"), [(False, False), (True, True)])
 async def test_somebody_must_know_what_happened(
     with_disks: WithDisks, unchanged: bool, give_up: bool
