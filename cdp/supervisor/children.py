@@ -391,6 +391,9 @@ class Child:
                     self._close_pidfd()
                 else:
                     await trio.sleep_forever()
+        if self._adopted is not None:
+            self._adopted.close()
+            self._adopted = None
         self._ending()
 
     def _is_held(self) -> bool:
@@ -487,6 +490,7 @@ class Child:
 
     def _ending(self) -> str:
         """How the process ended; it is reaped if it was ours."""
+        self.pid = None
         status = self._process.poll() if self._process is not None else None
         if status is None:
             return "its process has ended"

@@ -148,9 +148,8 @@ class Disk:
         finally:
             self.backing.close()
 
-    @staticmethod
-    async def _adopt(child: Child) -> None:
-        if await child.adopt():
+    async def _adopt(self, child: Child) -> None:
+        if await child.adopt() and not self.config.released:
             log.info("the %s is adopted (process %s)", child, child.pid)
             child.want()
 
