@@ -225,10 +225,11 @@ def unpack_segment_header(page: bytes, *, file: str) -> tuple[SegmentHeader, int
     body = page[: SEGMENT_HEADER.size]
     fields = SEGMENT_HEADER.unpack(body)
     (own,) = U64.unpack_from(page, SEGMENT_HEADER.size)
-    if fields[1] > FORMAT_VERSION:
-        raise UnknownVersion(file, fields[1], FORMAT_VERSION)
+    # The checksum lies at the same place in all versions: damage is told from a newer one.
     if own != checksum(body):
         raise Corruption("damaged segment header", file=file)
+    if fields[1] > FORMAT_VERSION:
+        raise UnknownVersion(file, fields[1], FORMAT_VERSION)
     return SegmentHeader._make((*fields[2:13], fields[1])), own
 
 
@@ -311,19 +312,17 @@ def pack_batch(
     return batch, chain
 
 
-def unpack_batch_header(
-    data: bytes | bytearray | memoryview, *, file: str, offset: int
-) -> BatchHeader | None:
+def unpack_batch_header(data: bytes | bytearray | memoryview) -> BatchHeader | None:
     """The header at the start of ``data``, or None when there is no batch (wrong magic).
 
-    The checksum is not looked at: see :func:`batch_is_whole`.
-    :raises UnknownVersion: written by a newer format.
+    The checksum is not looked at: see :func:`batch_is_whole`. A segment's own header tells whether
+    it is of a newer format; a batch that says so in one of ours is damaged.
     """
     if len(data) < BATCH_HEADER.size or bytes(data[:8]) != BATCH_MAGIC:
         return None
     fields = BATCH_HEADER.unpack_from(data)
     if fields[1] > FORMAT_VERSION:
-        raise UnknownVersion(f"{file} at byte {offset}", fields[1], FORMAT_VERSION)
+        return None
     (_, _, count, disk, segment, own, first, stamp, barrier, durable, applied, window, previous) = (
         fields[:13]
     )

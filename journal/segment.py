@@ -296,10 +296,7 @@ class Scanner:
     def _batch_at(self, offset: int, *, fresh: bool) -> tuple[BatchHeader, memoryview] | None:
         """A whole batch of this segment that belongs at this place, or None."""
         head = self._bytes(offset, BATCH_HEADER.size, fresh=fresh)
-        try:
-            header = unpack_batch_header(head, file=self.info.name, offset=offset)
-        except UnknownVersion:
-            return None  # the segment's own header says that it holds none of those
+        header = unpack_batch_header(head)
         if (
             header is None
             or header.offset != offset

@@ -166,7 +166,7 @@ def _last_header(file: File, info: SegmentInfo, table: Table) -> BatchHeader | N
     if not len(table.batches):
         return None
     offset = int(table.batches["offset"][-1])
-    return unpack_batch_header(file.read(offset, BATCH_HEADER.size), file=info.name, offset=offset)
+    return unpack_batch_header(file.read(offset, BATCH_HEADER.size))
 
 
 def survey(

@@ -212,7 +212,7 @@ def _damage(info: SegmentInfo, offset: int, after: int) -> Corruption:
 def _header(file: File, info: SegmentInfo, offset: int) -> BatchHeader | None:
     """A batch's header; None where there is none (the place of a break)."""
     head = file.read(offset, BATCH_HEADER.size)
-    header = unpack_batch_header(head, file=info.name, offset=offset)
+    header = unpack_batch_header(head)
     if header is None:
         return None
     table = file.read(offset, header.table_bytes)

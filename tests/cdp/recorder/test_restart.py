@@ -17,7 +17,7 @@ from cdp.nbd.client import NbdClient, NbdNegotiationError
 from cdp.nbd.wire import RemoteProtocolError
 from cdp.recorder.holds import HOLD_FILE, NETWORK_FILE
 from cdp.recorder.start import start_recorder
-from journal.format import Kind
+from journal.format import HEADER_PAGE, Kind, pack_segment_header, unpack_segment_header
 from journal.recovery import Lost
 from tests.cdp.recorder.support import MIB, Applier, clients, new_disk, recorder
 
@@ -192,7 +192,8 @@ async def test_a_journal_that_cannot_be_recovered_is_a_failed_disk(
             await client.write(0, bytes(4096))
     path = next((Path(config.journal) / "redo").iterdir())
     content = bytearray(path.read_bytes())
-    content[8] = 99  # a format of the future
+    header, _ = unpack_segment_header(bytes(content[:HEADER_PAGE]), file=path.name)
+    content[:HEADER_PAGE] = pack_segment_header(header._replace(version=99))  # of the future
     path.write_bytes(content)
     async with recorder(short_tmp, config) as process:
         assert process.state == "failed"
