@@ -1,1 +1,0 @@
-"""Application-consistent bookmarks: freeze, hooks, guest agent."""

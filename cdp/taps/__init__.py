@@ -1,1 +1,0 @@
-"""Taps: kernel nbd, device-mapper, qemu."""
