@@ -31,15 +31,20 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hints:
-    """For `recover`: the highest seq known durable, `applied`, the highest redo segment number."""
+    """For `recover`: the highest seq known durable, `applied`, the highest redo segment number, and
+    up to where records were given up (None: not known).
+    """
 
     durable: int = 0
     applied: int = 0
     segment: int = 0
+    reclaimed: int | None = None
 
     def and_frontier(self, durable: int, applied: int) -> Hints:
         """With what the frontier of this boot says."""
-        return Hints(max(self.durable, durable), max(self.applied, applied), self.segment)
+        return dataclasses.replace(
+            self, durable=max(self.durable, durable), applied=max(self.applied, applied)
+        )
 
 
 def gather(storage: Storage, index: Path, disk: bytes) -> Hints:
@@ -47,26 +52,27 @@ def gather(storage: Storage, index: Path, disk: bytes) -> Hints:
 
     ``index``: where the storage's directory ``index`` lies. What cannot be read says nothing.
     """
-    durable, applied = _catalog(storage, disk)
+    applied, reclaimed = _catalog(storage, disk)
     last, segment = _index(storage, index, disk)
-    return Hints(max(durable, last), applied, segment)
+    return Hints(max(applied, reclaimed or 0, last), applied, segment, reclaimed)
 
 
-def _catalog(storage: Storage, disk: bytes) -> tuple[int, int]:
-    """Highest seq known durable, and `applied`."""
-    applied = reclaimed = 0
-    whole = False
+def _catalog(storage: Storage, disk: bytes) -> tuple[int, int | None]:
+    """`applied`, and up to where records were given up."""
     try:
         catalog = Catalog.open(storage, disk, read_only=True)
+        if catalog.found and not catalog.damage:
+            return catalog.applied, catalog.reclaimed
         applied, reclaimed = catalog.applied, catalog.reclaimed
-        whole = catalog.found and not catalog.damage
     except (JournalError, OSError) as error:
         log.error("the catalog says nothing for recovery: %s", error)
-    if not whole:
-        infos = SegmentLister(storage, Log.REDO, disk).refresh()
-        if infos and infos[0].header.predecessor:
-            reclaimed = max(reclaimed, infos[0].header.cut)
-    return max(applied, reclaimed), applied
+        applied = reclaimed = 0
+    infos = SegmentLister(storage, Log.REDO, disk).refresh()
+    if not infos:
+        return applied, None
+    if infos[0].header.predecessor:
+        reclaimed = max(reclaimed, infos[0].header.cut)
+    return applied, reclaimed
 
 
 def _index(storage: Storage, index: Path, disk: bytes) -> tuple[int, int]:

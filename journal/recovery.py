@@ -408,16 +408,17 @@ def recover(
     identity: Callable[[], bytes],
     copy_limit: int = 256 << 20,
     segment_hint: int = 0,
+    reclaimed_hint: int | None = None,
 ) -> Recovered:
     """Survey, classify, apply. The caller holds the recorder's lock of this disk.
 
-    ``durable_hint``: the frontier of this boot and seqs in runs; ``applied_hint``: frontier and
-    catalog; ``segment_hint``: the highest segment number that any run or catalog names. ``stamp``:
+    The hints are what others know (`hints.gather`): the highest seq that was durable, `applied`,
+    the highest segment number ever used, up to where records were given up. ``stamp``:
     now, above every stamp in the journal. ``copy_limit``: bytes of the copy that wait for a sync.
     """
     found = survey(
         storage, disk, durable_hint=durable_hint, applied_hint=applied_hint,
-        segment_hint=segment_hint,
+        segment_hint=segment_hint, reclaimed_hint=reclaimed_hint,
     )  # fmt: skip
     return apply(
         storage, disk, found, classify(found), stamp=stamp, identity=identity,

@@ -151,8 +151,9 @@ def classify(found: Survey) -> Plan:
     """What to do about what was found: nothing is read or written here."""
     durable = found.durable
     corruptions = list(found.corruptions)
-    # Behind the last record that was not read there may be a hole: it must stay void.
-    end = found.loaded[0].info.header.cut if found.loaded else durable
+    # Behind the last record that was not read there may be a hole: it must stay void. (If more is
+    # lacking before the first segment than is known to be durable, that is not kept either.)
+    end = min(found.loaded[0].info.header.cut, durable) if found.loaded else durable
     cut, copy_from, stopped = end, 0, False
     for stretch in _stretches(found.loaded, durable, found.whole_upto):
         _, decision = classify_stretch(
@@ -227,8 +228,12 @@ def _missing_ends(found: Survey) -> list[Corruption]:
                     last_seq=expected,
                 )
             )
-    if not found.infos and found.durable:
-        missing.append(Corruption("no segments", file=_REDO, last_seq=found.durable))
+    if not found.infos and found.durable > found.reclaimed:
+        missing.append(
+            Corruption(
+                "no segments", file=_REDO, first_seq=found.reclaimed + 1, last_seq=found.durable
+            )
+        )
     return missing
 
 

@@ -67,7 +67,8 @@ class FileFacts:
 class Survey:
     """Everything that recovery decides on.
 
-    ``durable`` is D, the highest seq known to have been durable; ``applied`` at most D.
+    ``durable`` is D, the highest seq known to have been durable; ``applied`` at most D;
+    ``reclaimed``: records up to there were given up, nobody misses them.
     ``highest``: the highest seq that any file holds or held. ``whole_upto``: payloads above D are
     what was written up to here. ``number``: the highest segment number in use. ``sealed``: the
     newest segment was sealed by a clean end.
@@ -78,6 +79,7 @@ class Survey:
     files: tuple[FileFacts, ...]
     durable: int
     applied: int
+    reclaimed: int
     window_start: int
     highest: int
     whole_upto: int
@@ -104,6 +106,7 @@ class _Surveyor:
     storage: Storage
     durable: int
     applied: int
+    reclaimed: int
     window_start: int = 0
     stamp: int = 0
     highest: int = 0
@@ -176,15 +179,20 @@ def survey(
     durable_hint: int = 0,
     applied_hint: int = 0,
     segment_hint: int = 0,
+    reclaimed_hint: int | None = None,
 ) -> Survey:
     """Read what there is. The hints are what others know: the highest seq known durable,
-    ``applied``, the highest segment number ever used.
+    ``applied``, the highest segment number ever used, up to where records were given up (None: not
+    known).
 
     :raises UnknownVersion: something was written by a newer program.
     """
     lister = SegmentLister(storage, Log.REDO, disk)
     infos = lister.refresh()
-    marks = _Surveyor(storage, max(durable_hint, applied_hint), applied_hint)
+    marks = _Surveyor(
+        storage, max(durable_hint, applied_hint, reclaimed_hint or 0), applied_hint,
+        reclaimed_hint or 0,
+    )  # fmt: skip
     for info in infos:
         marks.take_header(info)
     live = [info for info in infos if info.first_seq <= info.bound]
@@ -209,13 +217,16 @@ def survey(
         files=_facts(names, infos, live, lister.damaged, marks),
         durable=marks.durable,
         applied=marks.applied,
+        reclaimed=marks.reclaimed,
         window_start=marks.window_start,
         highest=marks.highest,
         whole_upto=_whole_upto(storage, loaded, marks.durable),
         number=max([segment_hint, *numbers], default=0),
         stamp=marks.stamp,
         sealed=not infos or (infos[-1].sealed and not is_copy(infos[-1])),
-        corruptions=_missing_files(live, lister.damaged, marks),
+        corruptions=_missing_files(
+            live, lister.damaged, marks, reclaimed_known=reclaimed_hint is not None
+        ),
     )
 
 
@@ -255,7 +266,7 @@ def _facts(
         if base.endswith(TEMPORARY):
             facts.append(FileFacts(name, temporary=True))
         elif name in damaged:
-            first, last = _place(name, live, marks.loaded)
+            first, last = _place(name, live, marks)
             facts.append(
                 FileFacts(
                     name,
@@ -286,7 +297,7 @@ def _number(base: str) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def _place(name: str, infos: list[SegmentInfo], loaded: dict[int, Loaded]) -> tuple[int, int]:
+def _place(name: str, infos: list[SegmentInfo], marks: _Surveyor) -> tuple[int, int]:
     """The seqs that a file without a readable header should hold, by what stands around it.
 
     An empty range (first > last) where it should hold none.
@@ -297,27 +308,31 @@ def _place(name: str, infos: list[SegmentInfo], loaded: dict[int, Loaded]) -> tu
     last = newer[0].header.cut if newer else ENDLESS
     named = bool(newer) and newer[0].header.predecessor == number
     if not older:  # it may be what is left of the oldest, or all that is left
-        return (1, last) if named or not newer else (1, 0)
-    end = _end(older[-1], loaded)
+        return (marks.reclaimed + 1, last) if named or not newer else (1, 0)
+    end = _end(older[-1], marks.loaded)
     if end is None:  # all of that is known to be durable and applied: only the names tell
         return (last, last) if named else (1, 0)
     return end + 1, last
 
 
 def _missing_files(
-    live: list[SegmentInfo], damaged: dict[str, Corruption], marks: _Surveyor
+    live: list[SegmentInfo],
+    damaged: dict[str, Corruption],
+    marks: _Surveyor,
+    *,
+    reclaimed_known: bool,
 ) -> tuple[Corruption, ...]:
     """Segments with durable records that newer ones name and that are not there.
 
-    The oldest segment's predecessor may have been reclaimed: whether it was, the catalog knows.
+    Of the oldest segment's predecessor only what was not given up.
     """
     found = []
     present = {info.segment for info in live}
-    for info in live[1:]:
+    for info in live if reclaimed_known else live[1:]:
         number = info.header.predecessor
         name = segment_name(Log.REDO, number)
         if number and number not in present and name not in damaged:
-            first, last = _place(name, live, marks.loaded)
+            first, last = _place(name, live, marks)
             if first <= min(last, marks.durable):
                 found.append(
                     Corruption(

@@ -85,6 +85,7 @@ def start_recorder(
     recovered = recover(
         storage, config.id_bytes,
         durable_hint=hints.durable, applied_hint=hints.applied, segment_hint=hints.segment,
+        reclaimed_hint=hints.reclaimed,
         stamp=now_ns(time.CLOCK_BOOTTIME) + clock_offset_ns, identity=identity,
         copy_limit=config.unsynced_bytes,
     )  # fmt: skip

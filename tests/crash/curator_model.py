@@ -141,7 +141,7 @@ class World:
         hints = hints.and_frontier(self.frontier.durable, self.frontier.applied)
         recovered = recover(
             self.routed, DISK, durable_hint=hints.durable, applied_hint=hints.applied,
-            segment_hint=hints.segment, stamp=self.stamp,
+            segment_hint=hints.segment, reclaimed_hint=hints.reclaimed, stamp=self.stamp,
             identity=lambda: self.random.randbytes(16),
         )  # fmt: skip
         assert recovered.corruptions == []

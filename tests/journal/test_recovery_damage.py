@@ -225,3 +225,66 @@ def test_a_device_error_in_the_tail_cuts_it(log: Life) -> None:
     found = log.recover()
     assert found.lost is not None
     assert found.lost.first_seq == 2
+
+
+# ----------------------------------------------------------------------- what others know
+@pytest.fixture
+def unsynced(log: Life) -> tuple[Life, int]:
+    """Four segments of which nothing says that they are durable; the last seq of the first."""
+    ends: dict[int, int] = {}
+    while log.writer.segment < 4:
+        log.write(1, 2)
+        ends[log.writer.segment] = log.writer.last_seq
+    return log, ends[1]
+
+
+def remove(log: Life, *numbers: int) -> None:
+    for number in numbers:
+        log.storage.unlink(segment_name(Log.REDO, number))
+    log.kill()
+
+
+def test_nobody_misses_what_was_reclaimed(unsynced: tuple[Life, int]) -> None:
+    log, reclaimed = unsynced
+    remove(log, 1, 2, 3, 4)
+    found = log.recover(applied=reclaimed, reclaimed_hint=reclaimed)
+    assert found.corruptions == []
+    assert found.start.segment.header.cut == reclaimed
+
+
+def test_all_behind_a_reclaimed_segment_is_kept(unsynced: tuple[Life, int]) -> None:
+    """! Without that knowledge it would look like a log whose beginning was never written."""
+    log, reclaimed = unsynced
+    last = log.writer.last_seq
+    remove(log, 1)
+    found = log.recover(applied=reclaimed, reclaimed_hint=reclaimed)
+    assert found.start.segment.header.cut == last
+    assert set(log.found(found.durable)) >= set(range(reclaimed + 1, last + 1))
+
+
+def test_a_log_without_its_first_segments_is_cut_where_they_were(
+    unsynced: tuple[Life, int],
+) -> None:
+    """! They were never durable: what follows them is no part of a prefix, nor is the hole."""
+    log, reclaimed = unsynced
+    remove(log, 1, 2)
+    found = log.recover(applied=reclaimed, reclaimed_hint=reclaimed)
+    assert found.start.segment.header.cut == reclaimed
+    assert found.lost is not None
+    assert found.lost.first_seq == reclaimed + 1
+    assert set(log.found(found.durable).values()) == {Kind.CRASH}
+
+
+def test_an_oldest_segment_that_was_not_reclaimed_is_missing(log: Life) -> None:
+    """! Only who knows what was reclaimed can tell that it was not."""
+    log.fill(60)
+    log.writer.sync()
+    assert len(log.infos()) > 2
+    last = log.infos()[1].header.cut
+    remove(log, 1)
+    assert log.recover().corruptions == []
+    found = log.recover(reclaimed_hint=last - 1)
+    (damage,) = found.corruptions
+    assert (damage.file, damage.first_seq, damage.last_seq) == (
+        segment_name(Log.REDO, 1), last, last,
+    )  # fmt: skip
