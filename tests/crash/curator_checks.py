@@ -157,12 +157,11 @@ def check_index(world: World) -> None:
     for _ in range(300):
         world.step()
     after = _entries(world)
-    for mine, new in zip(before, after, strict=True):
-        common = mine.keys() & new.keys()
-        assert {number: mine[number] for number in common} == {
-            number: new[number] for number in common
-        }
-    assert before[0].keys() == after[0].keys()
+    assert before[0] == after[0]
+    # What a recovery has copied from the end of an undo segment comes back there when the copy is
+    # swept (R5 allows that: it is true).
+    for number in before[1].keys() & after[1].keys():
+        assert before[1][number] <= after[1][number]
 
 
 def _entries(world: World) -> list[dict[int, set[tuple[int, int, int]]]]:
