@@ -33,6 +33,7 @@ from cdp.supervisor.children import Launcher, State
 from cdp.supervisor.disk import Disk, DiskHooks
 from cdp.supervisor.settings import Settings, parse_settings
 from journal.errors import CdpError, Conflict, InvalidInput, NotFound
+from journal.limits import MIB, SEGMENT_BYTES_MIN
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ JOURNAL: Final = "journal"
 JOURNAL_PARTS: Final = ("redo", "undo", "index")
 # A new disk is reported as it is after that long.
 ADD_SECONDS_MAX: Final = 30.0
+# A journal of fewer could only be kept within its limit in steps that are large against it.
+SEGMENTS_MIN: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +261,10 @@ class Disks(Mapping[str, Disk]):
         if "journal_limit" not in values:
             existing = next(path for path in (journal, *journal.parents) if path.exists())
             values["journal_limit"] = default_journal_limit(existing)
+        if request.segment_bytes is None:
+            fitting = int(values["journal_limit"]) // SEGMENTS_MIN // MIB * MIB
+            segment = min(int(values["segment_bytes"]), max(SEGMENT_BYTES_MIN, fitting))
+            values["segment_bytes"] = segment
         return values
 
     def _check_unused(self, path: Path, facts: backing.BackingFacts) -> None:

@@ -74,6 +74,18 @@ async def test_a_disk_on_a_file_with_all_options(
 
 
 @pytest.mark.parametrize(
+    ("limit", "segment"),
+    [(16 * MIB, MIB), (4 * MIB, MIB), (100 * MIB, 6 * MIB), (1 << 40, 64 * MIB)],
+)
+async def test_segments_are_small_against_the_limit(
+    with_disks: WithDisks, limit: int, segment: int
+) -> None:
+    async with with_disks() as (daemon, control):
+        await control.add_disk({"name": "small", "size": MIB, "journal_limit": limit})
+        assert daemon.disks["small"].config.segment_bytes == segment
+
+
+@pytest.mark.parametrize(
     ("body", "error", "said"),
     [
         ({"name": "no size"}, InvalidInput, "cannot name a disk"),
