@@ -53,6 +53,7 @@ class RedoFollower:
         self._rows = 0
         self._bounds: dict[int, int] = {}
         self._listed: tuple[tuple[int, int], int] | None = None  # generations, durable
+        self.bytes = 0  # of all files in the last listing, also those nobody may look into yet
 
     @property
     def damaged(self) -> dict[str, Corruption]:
@@ -75,6 +76,7 @@ class RedoFollower:
             raise Vanished("the redo log's segments change faster than they can be listed")
         self._listed = before, durable
         self._bounds = {info.segment: info.bound for info in infos}
+        self.bytes = sum(info.size for info in infos)
         self._forget({info.segment for info in infos})
         return [
             info for info in infos if info.first_seq <= info.bound and info.first_seq <= durable + 1

@@ -4,9 +4,15 @@ Each number is one naturally aligned 8-byte word and is stored and loaded by one
 that a reader sees an old or the new value, never a mixture. Two numbers are not read together:
 whoever needs a pair orders the stores and loads (see the fields).
 
-Who writes what: the recorder ``epoch``, ``durable``, ``durable_stamp``, ``redo_generation``; the
-curator ``applied``, ``window_start``, ``curator_generation``, ``undo_published``; the supervisor
-``stamp_ceiling``. At its start, before it raises ``epoch``, the recorder also sets ``applied``.
+Who writes what: the recorder ``epoch``, ``durable``, ``durable_stamp``, ``redo_generation``,
+``redo_bytes``; the curator ``applied``, ``window_start``, ``curator_generation``,
+``undo_published``, ``redo_bytes_max``; the supervisor ``stamp_ceiling``. At its start, before it
+raises ``epoch``, the recorder also sets ``applied``.
+
+**How the journal keeps its limit.** The recorder counts what it appends in ``redo_bytes``, the
+curator answers with ``redo_bytes_max``, up to which it may go on: what was counted *before* the
+curator looked at the files, and the room that it found. So what arrives while the curator is busy
+is bounded by the room that there was, however long its step takes.
 
 **The page is a cache that is worth nothing after a reboot**: it lies on tmpfs, and the boot's
 identity inside tells a page of another boot, should it lie on a disk. Nothing in it is ever synced,
@@ -57,7 +63,10 @@ _REDO_GENERATION: Final = _FIRST_WORD + 5
 _CURATOR_GENERATION: Final = _FIRST_WORD + 6
 _UNDO_PUBLISHED: Final = _FIRST_WORD + 7
 _STAMP_CEILING: Final = _FIRST_WORD + 8
-_THROTTLE: Final = _FIRST_WORD + 9
+# Word 9 was a flag, 0 for ever now. A word added behind whose 0 means "nothing was said" needs no
+# new layout: processes of both programs agree.
+_REDO_BYTES: Final = _FIRST_WORD + 10
+_REDO_BYTES_MAX: Final = _FIRST_WORD + 11
 
 
 def pack_position(segment: int, end_offset: int) -> int:
@@ -227,14 +236,22 @@ class Frontier:
         self._raise(_STAMP_CEILING, value)
 
     @property
-    def throttle(self) -> int:
-        """1 while the curator cannot keep the journal below its limit: the recorder holds
-        writes."""
-        return self._words[_THROTTLE]
+    def redo_bytes(self) -> int:
+        """Bytes appended to the redo log in this boot; at most some 64 KiB behind the truth."""
+        return self._words[_REDO_BYTES]
 
-    @throttle.setter
-    def throttle(self, value: int) -> None:
-        self._words[_THROTTLE] = value
+    @redo_bytes.setter
+    def redo_bytes(self, value: int) -> None:
+        self._raise(_REDO_BYTES, value)
+
+    @property
+    def redo_bytes_max(self) -> int:
+        """What ``redo_bytes`` may rise to; it may also fall. 0: no curator has said anything."""
+        return self._words[_REDO_BYTES_MAX]
+
+    @redo_bytes_max.setter
+    def redo_bytes_max(self, value: int) -> None:
+        self._words[_REDO_BYTES_MAX] = value
 
     def generations(self) -> tuple[int, int]:
         """Both generations: unchanged around a listing, they prove that it missed nothing."""

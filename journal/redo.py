@@ -209,6 +209,16 @@ class RedoWriter:
         self.last_seq = start.last_seq
         self.durable = start.last_seq
 
+    @property
+    def appended_bytes(self) -> int:
+        """What this writer has appended."""
+        return self._appended_bytes
+
+    @property
+    def segment_bytes(self) -> int:
+        """How large a segment becomes."""
+        return self._segment_bytes
+
     # ------------------------------------------------------------------------ the loop's thread
     def append(
         self,

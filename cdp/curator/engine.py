@@ -64,6 +64,7 @@ class Policy:
     window_ns: int | None
     journal_limit: int
     overflow: str
+    segment_bytes: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -135,6 +136,7 @@ class Engine:
         self._keeper = Housekeeping(self, viewer_gone)
         self.full = False  # no space for before-images
         self._last_apply = self._last_sync = 0
+        self._appended_before = 0  # the frontier's redo_bytes, when all of that was applied
         self._merging: dict[RunSet, Iterator[int]] = {}
         self.last_usage = self.usage()
 
@@ -198,8 +200,13 @@ class Engine:
         return self._jobs[0].trouble
 
     @property
+    def throttled(self) -> bool:
+        """Whether writes wait, or will, for there is nothing to give up."""
+        return self._keeper.throttled
+
+    @property
     def trouble(self) -> str | None:
-        """Why any work is held, for status."""
+        """Why any work is held, or writes are, for status."""
         return self._keeper.pressure or next(
             (job.trouble for job in self._jobs if job.trouble), None
         )
@@ -230,14 +237,20 @@ class Engine:
     # ------------------------------------------------------------------------------------ apply
     def _apply(self, now: int, urgent: bool) -> bool:
         applier = self.applier
-        waiting = self.frontier.durable - applier.done
+        appended, durable = self.frontier.redo_bytes, self.frontier.durable
+        waiting, limit = durable - applier.done, self._group_blocks()
+        pressed = self._keeper.pressed  # only what is applied, and synced, can be given up
+        urgent |= pressed or appended - self._appended_before >= limit * BLOCK
         due = waiting >= APPLY_RECORDS or now - self._last_apply >= APPLY_AGE_NS or urgent
-        if waiting > 0 and due and applier.step(limit_blocks=self._group_blocks()):
+        if waiting > 0 and due and applier.step(limit_blocks=limit):
             self.full = False
             self.counters.groups += 1
+            if applier.done >= durable:
+                self._appended_before = appended
             if self.frontier.durable - applier.done < APPLY_RECORDS:
                 self._last_apply = now
-            if applier.unsynced_bytes >= SYNC_BYTES or now - self._last_sync >= SYNC_AGE_NS:
+            sync_due = now - self._last_sync >= SYNC_AGE_NS or pressed
+            if applier.unsynced_bytes >= SYNC_BYTES or sync_due:
                 self._finish(now)
             return True
         if applier.unfinished and (urgent or now - self._last_sync >= SYNC_AGE_NS):
@@ -319,11 +332,13 @@ class Engine:
     # -------------------------------------------------------------------------------- giving up
     def usage(self) -> Usage:
         """Bytes of each kind of file now."""
+        self.redo.segments()
         self.last_usage = Usage(
-            redo=sum(info.size for info in self.redo.segments()),
+            redo=self.redo.bytes,
             undo=sum(info.size for info in self.history.current().undo_infos.values()),
             other=self._other_bytes(),
             limit=self.policy.journal_limit,
+            segment=self.policy.segment_bytes,
         )
         return self.last_usage
 

@@ -18,7 +18,7 @@ from journal.run_format import RunDamaged
 from journal.segment import SegmentInfo
 from replay import sweep
 from replay.openable import Openable
-from replay.retention import HIGH, Action, Segment, Situation, decide
+from replay.retention import Action, Segment, Situation, Usage, decide
 
 if TYPE_CHECKING:
     from cdp.curator.engine import Engine
@@ -36,12 +36,17 @@ JUDGED_MAX = 2  # undo segments looked through in one step while there is no hur
 
 
 class Housekeeping:
-    """See the module. ``pressure``: what the administrator should know about the limit."""
+    """See the module.
+
+    ``pressure``: what the administrator should know about the limit. ``pressed``: space is needed.
+    ``throttled``: writes wait, or will, for nothing can be given up.
+    """
 
     def __init__(self, engine: Engine, viewer_gone: Callable[[], bool]) -> None:
         """``viewer_gone``: whether no process has this disk's views."""
         self._engine, self._viewer_gone = engine, viewer_gone
         self.pressure: str | None = None
+        self.pressed = self.throttled = False
         self._last = self._last_look = 0
         self._last_shrink = self._last_shrink_log = -SHRINK_LOG_NS
         self._window_edge = -(1 << 62)
@@ -61,11 +66,7 @@ class Housekeeping:
         info, garbage = self._most_garbage(openable)
         situation = self._situation(openable, garbage)
         decision = decide(situation)
-        # Above the limit writes wait also while space is being made: the limit is one.
-        over = situation.usage.total > situation.usage.limit
-        throttled = over or decision.action is Action.THROTTLE
-        if bool(engine.frontier.throttle) != throttled:
-            engine.frontier.throttle = int(throttled)
+        self.throttled = decision.action is Action.THROTTLE
         self._freeing = decision.action not in (Action.NOTHING, Action.THROTTLE)
         self.pressure = None
         match decision.action:
@@ -77,11 +78,16 @@ class Housekeeping:
             case Action.SHRINK:
                 return self._shrink(decision.seq, now)
             case Action.THROTTLE:
-                self.pressure = (
-                    "the journal is at its limit and only pinned points are left: remove "
-                    "bookmarks, close views, or 'cdp disk set NAME journal-limit=SIZE'"
-                )
+                self.pressure = self._why_throttled()
         return False
+
+    def _why_throttled(self) -> str:
+        policy = self._engine.policy.overflow
+        if policy == "shrink":
+            why = "only pinned points are left: remove bookmarks, close views,"
+        else:
+            why = f"overflow={policy} keeps all history: shorten the window,"
+        return f"the journal is at its limit and {why} or 'cdp disk set NAME journal-limit=SIZE'"
 
     # ------------------------------------------------------------------------------------ space
     def _filling(self, now: int) -> bool:
@@ -89,8 +95,21 @@ class Housekeeping:
         if now - self._last_look < LOOK_NS:
             return False
         self._last_look = now
+        return self._measure().high
+
+    def _measure(self) -> Usage:
+        """How much there is; the recorder is told how much more it may append.
+
+        ! What it has counted is read before the files are looked at: what comes in between is in
+        both, and errs towards less.
+        """
+        frontier = self._engine.frontier
+        counted = frontier.redo_bytes
         usage = self._engine.usage()
-        return usage.total > usage.limit * HIGH
+        room = 0 if self._engine.full else usage.room
+        frontier.redo_bytes_max = max(1, counted + room)
+        self.pressed = usage.high
+        return usage
 
     def _situation(self, openable: Openable, garbage: float) -> Situation:
         engine = self._engine
@@ -102,8 +121,9 @@ class Housekeeping:
             for info in infos
         ]
         return Situation(
-            usage=engine.usage(), segments=segments, applied=engine.applier.applied,
-            window_start=engine.catalog.window_start, undo_garbage=garbage, full=engine.full,
+            usage=self._measure(), segments=segments, applied=engine.applier.applied,
+            durable=engine.frontier.durable, window_start=engine.catalog.window_start,
+            undo_garbage=garbage, full=engine.full,
             freeing=self._freeing, stuck=bool(infos) and self._is_stuck(infos[0].name, openable),
             may_shrink=engine.policy.overflow == "shrink",
         )  # fmt: skip
@@ -128,9 +148,9 @@ class Housekeeping:
         return done
 
     def _shrink(self, seq: int, now: int) -> bool:
-        if now - self._last_shrink < SHRINK_NS:
-            return False  # what was given up before has to show first
         engine = self._engine
+        if engine.full and now - self._last_shrink < SHRINK_NS:
+            return False  # what was given up before has to show first
         said = now - self._last_shrink_log <= SHRINK_LOG_NS
         log.log(
             logging.DEBUG if said else logging.WARNING,

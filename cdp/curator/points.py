@@ -182,8 +182,9 @@ class Points:
                 "journal_bytes": usage.total,
                 "bookmarks": len(catalog.bookmarks()), "pins": len(pins),
                 "oldest_pin_stamp": min((pin.opened_ns for pin in pins), default=None),
-                "trouble": engine.trouble, "degraded": engine.trouble is not None,
-                "throttled": bool(engine.frontier.throttle),
+                # A journal at its limit, or an index without space, is trouble, but all is applied.
+                "trouble": engine.trouble, "degraded": engine.held is not None,
+                "throttled": engine.throttled,
                 "damaged": [dict(each) for each in catalog.damaged().values()],
                 **dataclasses.asdict(engine.counters),
             }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Final
 
 from cdp.child import Child, is_free
 from cdp.curator.controls import Controls
@@ -21,6 +22,7 @@ from journal.errors import Conflict
 from journal.follower import RedoFollower
 from journal.format import HEADER_PAGE, Log
 from journal.frontier import Frontier
+from journal.limits import CATALOG_ALIGN, CATALOG_FILE_BYTES_MIN, CATALOG_FILE_BYTES_TIGHT
 from journal.run_format import INDEX
 from journal.runset import RunSet
 from journal.segment import segment_name
@@ -33,6 +35,8 @@ from replay.history import UndoLog
 
 log = logging.getLogger(__name__)
 
+CATALOG_PART: Final = 64  # of the journal's limit at most is a new copy of the catalog
+
 
 class ForeignWrite(Conflict):
     """The backing is not as the last clean stop left it: somebody else wrote to it."""
@@ -40,12 +44,20 @@ class ForeignWrite(Conflict):
 
 def open_catalog(child: Child) -> Catalog:
     """The catalog, for writing; what is damaged in it is logged."""
-    catalog = Catalog.open(child.storage(), child.disk)
+    catalog = Catalog.open(
+        child.storage(), child.disk, file_bytes_min=_catalog_bytes(child.config.journal_limit)
+    )
     for damage in catalog.damage:
         log.error("%s", damage)
     if not catalog.sizes():
         catalog.commit((("sizes", "0"), child.config.size))
     return catalog
+
+
+def _catalog_bytes(journal_limit: int) -> int:
+    """How large a copy of it is at least: little against the journal."""
+    part = journal_limit // CATALOG_PART // CATALOG_ALIGN * CATALOG_ALIGN
+    return min(CATALOG_FILE_BYTES_MIN, max(CATALOG_FILE_BYTES_TIGHT, part))
 
 
 def check_backing(child: Child, catalog: Catalog) -> None:
@@ -94,7 +106,8 @@ def open_engine(
         undo_log=UndoLog(UndoFollower.of(storage, child.disk, frontier)),
         redo_runs=runs[0], undo_runs=runs[1], backing=child.backing(), controls=controls,
         policy=Policy(
-            None if window is None else int(window * 1e9), config.journal_limit, config.overflow
+            None if window is None else int(window * 1e9), config.journal_limit, config.overflow,
+            config.segment_bytes,
         ),
         other_bytes=lambda: other_bytes(Path(config.journal)),
         identity=lambda: identity_of(child.backing_fd),

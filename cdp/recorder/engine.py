@@ -109,6 +109,10 @@ class Recorder:
         self._hint_step = min(HINT_BYTES, unsynced_max // 8)
         self._hint_at = self._hint_step
         self._damaged: set[str] = set()
+        # What earlier recorders of this boot have counted, and what was said about it last.
+        self._counted_before = frontier.redo_bytes
+        self._room_for = (0, 0)
+        tail.noted = self.count_bytes
 
     # ------------------------------------------------------------------------------------- stamps
     def stamp(self) -> int:
@@ -388,16 +392,15 @@ class Recorder:
     def advance(self) -> bool:
         """Look how far the curator has come, and drop what it applied: one step. If it moved.
 
-        Or if it no longer wants writes to be held back: those who wait may go on then, too.
+        Or if there is more room in the journal: those who wait may go on then, too.
         """
-        applied = self.frontier.applied
-        released = False
-        if bool(self.frontier.throttle) != self.tail.held:
-            released = self.tail.held
-            self.tail.hold(not released)
-        if applied == self.tail.applied:
-            return released
-        self.tail.advance(applied, now_ns(_BOOTTIME))
+        frontier, tail = self.frontier, self.tail
+        applied = frontier.applied
+        room_for = frontier.redo_bytes_max, self.count_bytes()
+        if applied == tail.applied:
+            return room_for != self._room_for and self._find_room(room_for)
+        tail.advance(applied, now_ns(_BOOTTIME))
+        self._find_room(room_for)
         if self.overlay.drop(applied):
             needed = [self.writer.segment]
             for oldest in (self.overlay.oldest_segment, self.readers.oldest_segment):
@@ -405,6 +408,25 @@ class Recorder:
                     needed.append(oldest)
             self.writer.forget_below(min(needed))
         return True
+
+    def count_bytes(self) -> int:
+        """Show how much was appended in this boot: the curator says how far that may go."""
+        count = self._counted_before + self.writer.appended_bytes
+        self.frontier.redo_bytes = count
+        return count
+
+    def _find_room(self, room_for: tuple[int, int]) -> bool:
+        """What the journal has room for; whether it has become more."""
+        self._room_for = allowed, count = room_for
+        if not allowed:
+            return False
+        tail = self.tail
+        before = tail.limit
+        tail.set_room(allowed - count, allowed, now_ns(_BOOTTIME))
+        if tail.cramped and self.writer.durable < self.writer.last_seq:
+            # Only what is durable can be applied, and given up.
+            self.syncer.want(self.writer.last_seq)
+        return tail.limit > before
 
 
 def _nothing(_: Poisoned) -> None:

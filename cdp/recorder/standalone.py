@@ -173,7 +173,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     values: dict[str, Any] = {}
     if chosen.no_bound:
-        values = {"tail_bytes": UNBOUNDED, "unsynced_bytes": UNBOUNDED_UNSYNCED}
+        values = {
+            "tail_bytes": UNBOUNDED, "unsynced_bytes": UNBOUNDED_UNSYNCED,
+            "journal_limit": UNBOUNDED,
+        }  # fmt: skip
     config = make_disk(chosen.disk_dir, chosen.size, backing=chosen.backing, **values)
     sys.exit(trio.run(run, chosen.disk_dir, config, chosen.nbd))
 

@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDENTITY_BYTES: Final = 16
+# With less room than so many segments in the journal clients are slowed down.
+ROOM_SEGMENTS: Final = 2
+# Nothing of what is not durable can be given up: it must be little against the journal's limit.
+UNSYNCED_PART: Final = 8
+UNSYNCED_MIN: Final = 1 << 20
 
 
 @dataclasses.dataclass(slots=True)
@@ -99,12 +104,14 @@ def start_recorder(
         identity=identity, on_segment=new_segment, on_durable=syncer.on_durable,
     )  # fmt: skip
     overlay = Overlay(recovered.masks, writer.file)
-    tail = Tail(config.tail_bytes)
+    tail = Tail(config.tail_bytes, span=ROOM_SEGMENTS * config.segment_bytes)
     size = recovered.size or config.size
     recorder = Recorder(
         size=size, writer=writer, frontier=frontier, overlay=overlay, backing=backing,
         clock_offset_ns=clock_offset_ns, tail=tail, syncer=syncer, readers=Readers(notify),
-        unsynced_max=config.unsynced_bytes,
+        unsynced_max=min(
+            config.unsynced_bytes, max(UNSYNCED_MIN, config.journal_limit // UNSYNCED_PART)
+        ),
     )  # fmt: skip
     recorder.last_stamp = recovered.highest_stamp
     rollbacks = Rollbacks(recorder)

@@ -183,12 +183,11 @@ def test_without_space_and_nothing_to_give_up_it_waits(world: World) -> None:
         assert not step(world)
     assert "no space" in str(world.running.held)
     assert world.running.catalog.window_start == 0
-    assert world.frontier.throttle == 1
+    assert world.running.throttled
     check(world)
     world.sim.space = 1 << 40
     rest(world)
-    assert world.frontier.throttle == 0
-    assert world.running.trouble is None
+    assert (world.running.throttled, world.running.trouble) == (False, None)
     check(world)
 
 
@@ -284,7 +283,7 @@ def test_reclaim_stops_at_what_is_damaged_until_nobody_needs_it(world: World) ->
         step(world)
     assert not step(world)
     assert name in world.sim.live
-    assert world.frontier.throttle == 1
+    assert world.running.throttled
     world.write(1)
     world.sync()
     for _ in range(3):
@@ -435,12 +434,17 @@ def test_only_the_policy_shrink_gives_up_history(world: World, overflow: str) ->
     world.running.policy.journal_limit = 1
     rest(world)
     assert world.running.catalog.window_start == 0
-    assert world.frontier.throttle == 1
-    assert "limit" in str(world.running.trouble)
+    status = world.running_points.status()
+    assert status["throttled"]
+    assert not status["degraded"]  # all is applied
+    assert f"limit and overflow={overflow} keeps" in status["trouble"]
+    assert world.frontier.redo_bytes_max == 1  # nothing may be appended
     world.running.policy.journal_limit = 1 << 40
     rest(world)
-    assert world.frontier.throttle == 0
-    assert world.running.trouble is None
+    status = world.running_points.status()
+    assert not status["throttled"]
+    assert status["trouble"] is None
+    assert world.frontier.redo_bytes_max > 1 << 39
 
 
 def test_the_window_follows_time_with_few_commits(world: World) -> None:

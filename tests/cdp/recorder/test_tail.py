@@ -61,6 +61,53 @@ def test_at_the_bound_work_comes_in_at_the_rate_at_which_it_goes() -> None:
     assert 0.5 < delay / (SECOND / 100) < 2
 
 
+def roomy(room: int, *, span: int = 4 * MIB) -> Tail:
+    """Nothing waits, and the journal has so much room."""
+    found = Tail(1 << 40, span=span)
+    found.start(0, 0)
+    found.set_room(room, 1 << 30, 1)
+    return found
+
+
+def test_nobody_is_delayed_while_the_journal_has_room() -> None:
+    found = roomy(5 * MIB)
+    assert (found.cramped, found.delay(MIB, 0)) == (False, 0)
+    found.add(1, 2 * MIB + 2)  # as much may have to be saved
+    assert found.cramped is True
+    assert found.total > found.gentle
+    assert found.delay(2 * MIB, 0) > 0
+
+
+def test_delays_grow_smoothly_as_room_goes() -> None:
+    delays = [roomy(4 * MIB * left // 100).delay(16 << 10, 0) for left in range(99, 0, -1)]
+    assert delays == sorted(delays)
+    assert delays[0] > 0
+    assert delays[50] == pytest.approx(2 * delays[0], rel=0.1)
+
+
+def test_at_half_the_span_as_much_comes_as_goes() -> None:
+    found, now, allowed = roomy(100 * MIB), 1, 1 << 30
+    for _ in range(20):  # 20 MiB/s are given up
+        now += SECOND // 10
+        allowed += 2 * MIB
+        found.set_room(2 * MIB, allowed, now)
+    assert (found.delay(2 * MIB, now) - now) / SECOND == pytest.approx(1 / 20, rel=0.05)
+
+
+def test_without_room_nothing_is_admitted() -> None:
+    """! Nor is a record that is alone: it would not fit in a smaller journal either."""
+    found = roomy(0)
+    assert (found.held, found.admits(512)) == (True, False)
+    found.set_room(MIB, 1 << 30, 2)
+    assert (found.held, found.admits(512), found.admits(100 * MIB)) == (False, True, True)
+    found.add(1, MIB)
+    assert not found.admits(100 * MIB)
+    assert found.admits(MIB)
+    found.advance(1, 3)
+    found.set_room(-5 * MIB, 1 << 30, 4)  # above the limit
+    assert (found.held, found.delay(MIB, 5) - 5) == (True, tail.DELAY_NS_MAX)
+
+
 def test_applied_takes_work_off() -> None:
     found = Tail(MIB)
     found.start(0, 0)
@@ -123,6 +170,38 @@ async def test_writes_wait_for_apply_and_reads_do_not(
         assert recorder.statistics.throttled_ns > 0
         assert recorder.tail.peak_work <= recorder.tail.bound
         applier.close()
+
+
+async def test_writes_wait_for_room_in_the_journal(process: Process) -> None:
+    """The curator's word on what may be appended is kept, and heard when it changes."""
+    recorder, frontier = process.recorder, process.recorder.frontier
+    async with clients(process, "unix", "unix") as (writer, reader):
+        await writer.write(0, os.urandom(MIB))
+        recorder.advance()
+        assert MIB < frontier.redo_bytes < MIB + 8192
+        allowed = frontier.redo_bytes_max = frontier.redo_bytes + MIB
+        done = 0
+
+        async def write() -> None:
+            nonlocal done
+            for number in range(64):
+                await writer.write(number * 65536, os.urandom(65536))
+                done += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await wait_until(lambda: recorder.tail.cramped and done)
+            frontier.redo_bytes_max = allowed = frontier.redo_bytes
+            await wait_until(lambda: recorder.tail.held)
+            before = done
+            await trio.sleep(0.05)
+            assert done <= before + 1
+            assert frontier.redo_bytes <= allowed + 2 * (65536 + 8192)
+            with trio.fail_after(1):
+                await reader.read(0, 4096)
+            frontier.redo_bytes_max = allowed + 64 * MIB
+            await wait_until(lambda: done == 64)
+        assert process.status()["tail_bytes"] > 0
 
 
 async def test_the_process_answers_while_clients_are_held_back(process: Process) -> None:
