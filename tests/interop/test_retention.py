@@ -86,7 +86,7 @@ def test_a_small_journal_keeps_its_limit_and_the_newest_points(
         disk = bytearray(far_back)
         most = 0
         recent: list[bytes] = []
-        for number in range(200 * MIB // chunk):
+        for number in range(6 * limit // chunk):
             offset = rng.randrange(size // chunk) * chunk
             data = rng.randbytes(1024) * (chunk // 1024)
             client.write(offset, data)
