@@ -23,6 +23,7 @@ one other, one call at a time. They share, under the interpreter's lock and with
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -269,6 +270,8 @@ class RedoWriter:
         try:
             segment.file.write(offset, [head, *payloads, _PADDING[: -(offset + used) & _PAGE_MASK]])
         except OSError as error:
+            if is_full(error):
+                self._take_back(segment)
             self._failed(error, f"append to segment {segment.number}")
         segment.batches.append((offset, first, stamp, barrier, chain, count, head))
         segment.chain = chain
@@ -327,6 +330,17 @@ class RedoWriter:
         if self._on_segment is not None:
             self._on_segment(new.number)
         return new
+
+    def _take_back(self, segment: OpenSegment) -> None:
+        """Remove what was written of a batch: it was refused, and a recovery that found it would
+        take it for one that was lost. Also, what little space there is stays free.
+        """
+        end = segment.offset + (-segment.offset & _PAGE_MASK)
+        with contextlib.suppress(OSError):  # it is said already what is wrong
+            if segment.file.size() > end:
+                segment.file.allocate(end)
+            if end > segment.offset:
+                segment.file.write(segment.offset, [_PADDING[: end - segment.offset]])
 
     def _failed(self, error: OSError, what: str) -> NoReturn:
         """Lack of space is the caller's to handle; everything else ends this writer's life."""

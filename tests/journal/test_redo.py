@@ -298,6 +298,25 @@ def test_no_space_appends_nothing(storage: SimStorage, code: int, place: str) ->
     assert found.start.segment.header.cut == 8
 
 
+@pytest.mark.parametrize("left", [0, 100, 3000, 4096, 9000])
+def test_what_was_refused_leaves_nothing_behind(storage: SimStorage, left: int) -> None:
+    """! A part of a batch was written: a recovery would say that an acknowledged one was lost."""
+    writer = writer_on(storage, segment_bytes=1 << 20)
+    write(writer, 1, 2)
+    writer.sync()
+    storage.space = storage.used() + left
+    before = storage.used()
+    with pytest.raises(JournalFull):
+        write(writer, *range(4))
+    assert storage.used() == before
+    storage.space = 1 << 40
+    found = recover(
+        storage.kill(), DISK, durable_hint=2, applied_hint=0, stamp=30, identity=identities()
+    )
+    assert found.lost is None
+    assert write(writer, 1, 2).first_seq == 3
+
+
 def test_a_footer_without_space_is_written_later(storage: SimStorage) -> None:
     writer = writer_on(storage)
     write(writer, *range(6))
