@@ -5,7 +5,7 @@ that a reader sees an old or the new value, never a mixture. Two numbers are not
 whoever needs a pair orders the stores and loads (see the fields).
 
 Who writes what: the recorder ``epoch``, ``durable``, ``durable_stamp``, ``redo_generation``,
-``redo_bytes``; the curator ``applied``, ``window_start``, ``curator_generation``,
+``redo_bytes``, ``redo_refused``; the curator ``applied``, ``window_start``, ``curator_generation``,
 ``undo_published``, ``redo_bytes_max``; the supervisor ``stamp_ceiling``. At its start, before it
 raises ``epoch``, the recorder also sets ``applied``.
 
@@ -67,6 +67,7 @@ _STAMP_CEILING: Final = _FIRST_WORD + 8
 # new layout: processes of both programs agree.
 _REDO_BYTES: Final = _FIRST_WORD + 10
 _REDO_BYTES_MAX: Final = _FIRST_WORD + 11
+_REDO_REFUSED: Final = _FIRST_WORD + 12
 
 
 def pack_position(segment: int, end_offset: int) -> int:
@@ -252,6 +253,15 @@ class Frontier:
     @redo_bytes_max.setter
     def redo_bytes_max(self, value: int) -> None:
         self._words[_REDO_BYTES_MAX] = value
+
+    @property
+    def redo_refused(self) -> int:
+        """How many appends to the redo log had no space in this boot."""
+        return self._words[_REDO_REFUSED]
+
+    @redo_refused.setter
+    def redo_refused(self, value: int) -> None:
+        self._raise(_REDO_REFUSED, value)
 
     def generations(self) -> tuple[int, int]:
         """Both generations: unchanged around a listing, they prove that it missed nothing."""

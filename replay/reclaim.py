@@ -217,9 +217,11 @@ def save(work: Work, info: SegmentInfo, table: Table, need: Need) -> int:
     """Append the needed versions to the undo log (not synced yet); bytes of content copied.
 
     :raises Corruption: a payload is damaged; the segment must stay.
+    :raises JournalFull: no space for them; likewise.
     """
-    images = Images(work.undo)
     kind = table.rows["kind"][need.row]
+    work.require(int(need.counts[(kind == Kind.WRITE) | (kind == Kind.REF)].sum()))
+    images = Images(work.undo)
     zero = (kind == Kind.ZERO) | (kind == Kind.TRIM)
     images.zero_ranges(need.starts[zero], need.counts[zero], need.end[zero])
     write = kind == Kind.WRITE

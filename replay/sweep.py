@@ -88,16 +88,18 @@ def sweep(work: Work, info: SegmentInfo, table: Table, verdict: Verdict) -> int:
 
     :raises Corruption: an image that is needed is damaged, or it is not known what is; the segment
         stays.
+    :raises JournalFull: no space for the copy; likewise.
     """
     rows = table.rows
     if (rows["kind"] == Kind.LOST).any():
         raise Corruption("damaged batches", file=info.name)
+    zero = rows["kind"][verdict.row] == Kind.IMAGE_ZERO
+    work.require(int(np.count_nonzero(~zero)))
     images = Images(work.undo)
     ends = rows["arg"].astype(np.uint64)
     images.zero_ranges(
         rows["block"][verdict.ranges], rows["nblocks"][verdict.ranges], ends[verdict.ranges]
     )
-    zero = rows["kind"][verdict.row] == Kind.IMAGE_ZERO
     images.zeroes(verdict.blocks[zero], ends[verdict.row[zero]])
     blocks, row = verdict.blocks[~zero], verdict.row[~zero]
     if len(blocks):

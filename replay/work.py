@@ -17,6 +17,7 @@ from pyroaring import BitMap
 from journal.bitmaps import blocks_of
 from journal.catalog import Catalog
 from journal.catalog_state import Op
+from journal.errors import JournalFull
 from journal.format import BLOCK, Kind
 from journal.frontier import Frontier
 from journal.storage import File, Storage
@@ -29,6 +30,7 @@ from replay.plan import stretches
 BUFFER_BYTES = 4 << 20  # of content at once: it stays in the processor's cache
 BUFFER_BLOCKS = BUFFER_BYTES // BLOCK
 _FEW_TRIMS = 64
+SPARE_BYTES = 64 << 10  # for headers, and what others need meanwhile
 
 
 def bitmap(blocks: np.ndarray) -> BitMap:
@@ -140,7 +142,11 @@ def _blocks_of(rows: np.ndarray) -> BitMap:
 
 @dataclasses.dataclass(slots=True)
 class Work:
-    """One disk as its curator holds it. ``buffer``: for content, of whoever works at the moment."""
+    """One disk as its curator holds it.
+
+    ``available``: bytes that the journal's file system has left, as far as that is known.
+    ``buffer``: for content, of whoever works at the moment.
+    """
 
     storage: Storage
     history: History
@@ -150,6 +156,7 @@ class Work:
     frontier: Frontier
     blocks: Blocks
     openable: Callable[[], Openable]
+    available: Callable[[], int] = lambda: 1 << 62
     buffer: memoryview = dataclasses.field(
         default_factory=lambda: memoryview(bytearray(BUFFER_BYTES))
     )
@@ -203,10 +210,24 @@ class Work:
                 raise lost
         return result
 
+    def require(self, blocks: int) -> None:
+        """That there is space for the before-images of so many blocks.
+
+        Asked before the first is appended: half of them would use up space for nothing.
+
+        :raises JournalFull: there is not.
+        """
+        content = blocks * BLOCK
+        if content and self.available() < content + content // 32 + SPARE_BYTES:
+            raise JournalFull(
+                f"no space for before-images of {content} bytes: free some on the journal's device"
+            )
+
     def save_backing(self, blocks: np.ndarray, ends: np.ndarray) -> None:
         """Append what the backing holds of these blocks (sorted u64) as before-images."""
-        images = Images(self.undo)
         data = members(blocks, self.blocks.data)
+        self.require(int(np.count_nonzero(data)))
+        images = Images(self.undo)
         images.zeroes(blocks[~data], ends[~data])
         blocks, ends = blocks[data], ends[data]
         for at in range(0, len(blocks), BUFFER_BLOCKS):

@@ -25,13 +25,14 @@ from cdp.curator.controls import Controls
 from cdp.curator.housekeeping import Housekeeping
 from cdp.curator.kept import Kept
 from cdp.curator.known import load_blocks, valid_rows
+from cdp.curator.space import Space
 from journal.catalog import Catalog
 from journal.catalog_state import Bookmark, Pin, Thinned, drop
 from journal.errors import Conflict, Corruption, JournalFull, Vanished
 from journal.follower import RedoFollower
 from journal.format import BLOCK, Kind
 from journal.frontier import Frontier, unpack_position
-from journal.run_format import IndexFailed, RunDamaged
+from journal.run_format import IndexFailed, IndexFull, RunDamaged
 from journal.runset import RunSet
 from journal.segment import SegmentInfo, Table
 from journal.storage import File, Storage
@@ -51,9 +52,12 @@ APPLY_RECORDS = 16384  # a backlog that is worth a group at once
 APPLY_AGE_NS = SECOND_NS // 2  # a smaller one waits so long: later groups coalesce more
 SYNC_AGE_NS = SECOND_NS
 SYNC_BYTES = 256 << 20
+FULL_RETRY_NS = SECOND_NS // 10  # in which the recorder has seen that it is held
 RETRY_NS = SECOND_NS  # after something that could not be done
+SAID_NS: Final = 60 * SECOND_NS  # what comes and goes is logged once in so long a time
 INDEX_RETRY_NS = 60 * SECOND_NS
 OWNER_ROLLBACK: Final = "rollback"  # of the pin that a rollback holds while it is planned
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _ERRORS_HELD: Final = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -87,6 +91,9 @@ class _Job:
     trouble: str | None = None
     again: int = 0
     vanished: int = 0
+    full: bool = False  # there was no space for it, when it was last tried
+    said: str = ""  # in the log, not long ago
+    said_at: int = 0
 
 
 class Engine:
@@ -108,9 +115,10 @@ class Engine:
         policy: Policy,
         other_bytes: Callable[[], int],
         identity: Callable[[], dict[str, int]],
+        space: Space,
         viewer_gone: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.policy = policy
+        self.policy, self.space = policy, space
         self.controls, self.catalog, self.frontier = controls, catalog, frontier
         self.redo = redo
         self.redo_runs, self.undo_runs = redo_runs, undo_runs
@@ -124,6 +132,7 @@ class Engine:
         self.work = Work(
             storage=storage, history=self.history, undo=undo, backing=backing, catalog=catalog,
             frontier=frontier, blocks=Blocks(), openable=self.kept.openable,
+            available=space.available,
         )  # fmt: skip
         self._other_bytes = other_bytes
         self.identity = identity
@@ -134,7 +143,7 @@ class Engine:
         self._epoch = frontier.epoch
         self._jobs = _Job("apply"), _Job("the index"), _Job("housekeeping")
         self._keeper = Housekeeping(self, viewer_gone)
-        self.full = False  # no space for before-images
+        self._refused = frontier.redo_refused
         self._last_apply = self._last_sync = 0
         self._appended_before = 0  # the frontier's redo_bytes, when all of that was applied
         self._merging: dict[RunSet, Iterator[int]] = {}
@@ -154,6 +163,10 @@ class Engine:
         if self.frontier.epoch != self._epoch:
             self._epoch = self.frontier.epoch
             self.history.refresh()
+        if self.frontier.redo_refused != self._refused:
+            self._refused = self.frontier.redo_refused
+            self.space.confine()
+            self._keeper.refused = True
         applying, indexing, keeping = self._jobs
         busy = self._try(applying, lambda: self._apply(now, urgent), now)
         busy |= self._try(indexing, self._index, now)
@@ -176,22 +189,52 @@ class Engine:
             self._note_damage(error)
             self._hold(job, str(error), now)
         except JournalFull as error:
-            self.full = self.full or job is self._jobs[0]
             self._hold(job, str(error), now)
+            self._note_full(job, now)
         except IndexFailed as error:
             self._hold(job, str(error), now + INDEX_RETRY_NS - RETRY_NS)
+            if isinstance(error, IndexFull) and self.space.scarce:
+                self._note_full(job, now)
         except OSError as error:
             if error.errno not in _ERRORS_HELD:
                 raise
             self._hold(job, f"{job.name} waits: {error.strerror} from the backing or journal", now)
+            # Where the backing lies beside the journal, history may be what takes its space.
+            if error.errno in _NO_SPACE and self.space.scarce:
+                self._note_full(job, now)
         else:
             job.trouble, job.vanished = None, 0
+            job.full &= not busy and self._is_waiting(job)
             return busy
         return False
 
+    def _note_full(self, job: _Job, now: int) -> None:
+        """There was no space for it. History is given up, if the policy says so; if that needs
+        space, the reserve's, but not before the recorder has seen that it is held.
+        """
+        again, job.full = job.full, True
+        self.space.confine()
+        if again and self.space.release_reserve():
+            self.retry()
+        elif not again or job is self._jobs[2]:  # housekeeping has other things to give up
+            job.again = now + FULL_RETRY_NS
+
+    def _is_waiting(self, job: _Job) -> bool:
+        """Whether a job that had nothing to do now may not even have tried."""
+        applying, _, keeping = self._jobs
+        if job is applying:
+            return self.applier.done < self.frontier.durable
+        return job is keeping and self._keeper.pressed
+
+    @property
+    def full(self) -> bool:
+        """Whether some work had no space when it was last tried."""
+        return any(job.full for job in self._jobs)
+
     def _hold(self, job: _Job, why: str, now: int) -> None:
-        if job.trouble != why:
+        if job.said != why or now - job.said_at > SAID_NS:
             log.warning("%s is held: %s", job.name, why)
+            job.said, job.said_at = why, now
         job.trouble, job.again, job.vanished = why, now + RETRY_NS, 0
 
     @property
@@ -215,9 +258,12 @@ class Engine:
         """A step must be short against the time in which a client can fill a small journal."""
         return min(GROUP_BLOCKS, max(256, self.policy.journal_limit // GROUP_LIMIT_PART // BLOCK))
 
-    def retry_apply(self) -> None:
-        """What held it may be gone."""
-        self._jobs[0].again = 0
+    def retry(self) -> None:
+        """What holds apply, or what had no space, may be gone."""
+        for job in self._jobs:
+            if job.full or job is self._jobs[0]:
+                job.again = 0
+        self._keeper.forget_failures()
 
     def _note_damage(self, error: Corruption) -> None:
         key = f"{error.file}@{error.offset}"
@@ -243,7 +289,6 @@ class Engine:
         urgent |= pressed or appended - self._appended_before >= limit * BLOCK
         due = waiting >= APPLY_RECORDS or now - self._last_apply >= APPLY_AGE_NS or urgent
         if waiting > 0 and due and applier.step(limit_blocks=limit):
-            self.full = False
             self.counters.groups += 1
             if applier.done >= durable:
                 self._appended_before = appended
@@ -333,13 +378,13 @@ class Engine:
     def usage(self) -> Usage:
         """Bytes of each kind of file now."""
         self.redo.segments()
+        redo, other = self.redo.bytes, self._other_bytes()
+        undo = sum(info.size for info in self.history.current().undo_infos.values())
         self.last_usage = Usage(
-            redo=self.redo.bytes,
-            undo=sum(info.size for info in self.history.current().undo_infos.values()),
-            other=self._other_bytes(),
-            limit=self.policy.journal_limit,
+            redo=redo, undo=undo, other=other,
+            limit=self.space.limit(redo + undo + other, self.policy.journal_limit),
             segment=self.policy.segment_bytes,
-        )
+        )  # fmt: skip
         return self.last_usage
 
     def move_window(self, seq: int) -> None:

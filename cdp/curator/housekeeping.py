@@ -32,6 +32,10 @@ SHRINK_NS = SECOND_NS // 10
 SHRINK_LOG_NS = 600 * SECOND_NS  # shrinking goes on and on: said once in so long a time
 PIN_GRACE_SECONDS = 600  # beyond a pin's age, for the supervisor to end what uses it
 WINDOW_PART = 100  # the window moves by a hundredth of itself, or past a segment
+_CONFINED: Final = (
+    "the journal's file system has no space for its limit: free some there, or the oldest history "
+    "goes, or writes wait"
+)
 JUDGED_MAX = 2  # undo segments looked through in one step while there is no hurry
 
 
@@ -39,7 +43,8 @@ class Housekeeping:
     """See the module.
 
     ``pressure``: what the administrator should know about the limit. ``pressed``: space is needed.
-    ``throttled``: writes wait, or will, for nothing can be given up.
+    ``throttled``: writes wait, or will, for nothing can be given up. ``refused``: the recorder had
+    no space since something was given up.
     """
 
     def __init__(self, engine: Engine, viewer_gone: Callable[[], bool]) -> None:
@@ -47,17 +52,22 @@ class Housekeeping:
         self._engine, self._viewer_gone = engine, viewer_gone
         self.pressure: str | None = None
         self.pressed = self.throttled = False
-        self._last = self._last_look = 0
+        self.refused = False
+        self._last = self._last_look = self._last_care = 0
         self._last_shrink = self._last_shrink_log = -SHRINK_LOG_NS
         self._window_edge = -(1 << 62)
         self._freeing = False
         self._garbage: dict[int, tuple[Openable, float]] = {}
-        self._stuck: dict[str, Openable] = {}  # segments that could not be given up, and when
+        # Segments that could not be given up: when, and whether that was for lack of space.
+        self._stuck: dict[str, tuple[Openable, bool]] = {}
 
     def step(self, now: int) -> bool:
         """The next bit, if it is time; whether there was one."""
         if now - self._last < INTERVAL_NS and not self._freeing and not self._filling(now):
             return False
+        if now - self._last_care >= INTERVAL_NS:
+            self._last_care = now
+            self._care_for_space()
         self._last = now
         self._expire_pins(now)
         self._follow_window(now)
@@ -68,7 +78,7 @@ class Housekeeping:
         decision = decide(situation)
         self.throttled = decision.action is Action.THROTTLE
         self._freeing = decision.action not in (Action.NOTHING, Action.THROTTLE)
-        self.pressure = None
+        self.pressure = _CONFINED if engine.space.confined else None
         match decision.action:
             case Action.SWEEP if info is not None:
                 return self._give_up(info.name, openable, lambda: engine.sweep(info))
@@ -78,16 +88,21 @@ class Housekeeping:
             case Action.SHRINK:
                 return self._shrink(decision.seq, now)
             case Action.THROTTLE:
+                self.refused = False  # there is nothing that could be done about it
                 self.pressure = self._why_throttled()
         return False
 
     def _why_throttled(self) -> str:
-        policy = self._engine.policy.overflow
+        policy, confined = self._engine.policy.overflow, self._engine.space.confined
+        what = "the journal is at its limit"
+        if confined:
+            what = "there is no space on the journal's file system"
+        do = "free some there" if confined else "'cdp disk set NAME journal-limit=SIZE'"
         if policy == "shrink":
             why = "only pinned points are left: remove bookmarks, close views,"
         else:
             why = f"overflow={policy} keeps all history: shorten the window,"
-        return f"the journal is at its limit and {why} or 'cdp disk set NAME journal-limit=SIZE'"
+        return f"{what} and {why} or {do}"
 
     # ------------------------------------------------------------------------------------ space
     def _filling(self, now: int) -> bool:
@@ -95,7 +110,7 @@ class Housekeeping:
         if now - self._last_look < LOOK_NS:
             return False
         self._last_look = now
-        return self._measure().high
+        return self._measure().high or self._engine.full or self.refused
 
     def _measure(self) -> Usage:
         """How much there is; the recorder is told how much more it may append.
@@ -123,7 +138,7 @@ class Housekeeping:
         return Situation(
             usage=self._measure(), segments=segments, applied=engine.applier.applied,
             durable=engine.frontier.durable, window_start=engine.catalog.window_start,
-            undo_garbage=garbage, full=engine.full,
+            undo_garbage=garbage, full=engine.full or self.refused,
             freeing=self._freeing, stuck=bool(infos) and self._is_stuck(infos[0].name, openable),
             may_shrink=engine.policy.overflow == "shrink",
         )  # fmt: skip
@@ -131,7 +146,7 @@ class Housekeeping:
     def _is_stuck(self, name: str, openable: Openable) -> bool:
         """Whether giving up a segment has failed, and no point was given up since."""
         since = self._stuck.get(name)
-        return since is not None and _same_points(since, openable)
+        return since is not None and _same_points(since[0], openable)
 
     def _give_up(self, name: str, openable: Openable, work: Callable[[], bool]) -> bool:
         """Sweep or reclaim a segment; one with which that fails is left alone for a while."""
@@ -139,13 +154,27 @@ class Housekeeping:
             done = work()
         except RunDamaged:
             raise
-        except (Corruption, JournalFull, OSError):
-            self._stuck[name] = openable
+        except (Corruption, JournalFull, OSError) as error:
+            self._stuck[name] = openable, isinstance(error, JournalFull)
             raise
         if done:
             self._stuck.pop(name, None)
-            self._engine.retry_apply()
+            self.refused = False
+            self._engine.retry()
         return done
+
+    def forget_failures(self) -> None:
+        """What could not be given up for lack of space is tried again."""
+        self._stuck = {name: how for name, how in self._stuck.items() if not how[1]}
+
+    def _care_for_space(self) -> None:
+        """Have a reserve; notice that somebody has made space."""
+        engine = self._engine
+        if not engine.full:
+            closed = [each.size for each in engine.redo.segments() if engine.is_closed(each)]
+            engine.space.keep_reserve(engine.policy.journal_limit, max(closed, default=0))
+        elif not engine.space.scarce:
+            engine.retry()
 
     def _shrink(self, seq: int, now: int) -> bool:
         engine = self._engine

@@ -19,13 +19,18 @@ from cdp.curator.engine import Engine
 from cdp.curator.points import Points
 from cdp.curator.start import ForeignWrite, check_backing, open_catalog, open_engine
 from cdp.rpc import Call, Reply
-from journal.errors import Busy, Conflict, InvalidInput
+from journal import reserve
+from journal.errors import Busy, Conflict, InvalidInput, JournalFull
+from journal.frontier import Frontier
 from replay import scrub
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS: Final = 0.02  # between looks at the frontier when nothing is to be done
 PROGRESS_NS: Final = 100_000_000
+HELD_SECONDS: Final = 0.05  # in which a recorder notices that it is held
+SPACE_SECONDS: Final = 1.0  # between looks for space while nothing else can be done
+DRAIN_SECONDS: Final = 5.0  # that a drain waits for space, which may be made just now
 T = TypeVar("T")
 
 
@@ -76,7 +81,9 @@ class Service:
         """Start and work until `stop` was called; a failure ends the process, the next recovers."""
         frontier = await wait_for_recorder(self._child, read_only=False)
         self._reason = "recovering the undo log and reading the index"
-        catalog = await trio.to_thread.run_sync(open_catalog, self._child)
+        catalog = await self._with_space(frontier, lambda: open_catalog(self._child))
+        if catalog is None:
+            return
         try:
             await trio.to_thread.run_sync(check_backing, self._child, catalog)
         except ForeignWrite as error:
@@ -85,7 +92,12 @@ class Service:
             await self._accepted.wait()
             if self.stopping.is_set():
                 return
-        engine, points = await trio.to_thread.run_sync(open_engine, self._child, frontier, catalog)
+        opened = await self._with_space(
+            frontier, lambda: open_engine(self._child, frontier, catalog)
+        )
+        if opened is None:
+            return
+        engine, points = opened
         if self._give_up_history:
             await trio.to_thread.run_sync(engine.forget_history)
         points.set_clock(self._clock)
@@ -99,6 +111,28 @@ class Service:
             if not busy:
                 with trio.move_on_after(IDLE_SECONDS):
                     await self.stopping.wait()
+
+    async def _with_space(self, frontier: Frontier, work: Callable[[], T]) -> T | None:
+        """Something that needs a little space: the reserve's, or what somebody makes meanwhile.
+
+        None: `stop` was called before there was any.
+        """
+        while not self.stopping.is_set():
+            try:
+                return await trio.to_thread.run_sync(work)
+            except JournalFull as error:
+                if self._reason != str(error):
+                    log.error("%s", error)
+                self._reason = str(error)
+            # What becomes free is not for the recorder: let it see that first.
+            frontier.redo_bytes_max = max(1, frontier.redo_bytes)
+            with trio.move_on_after(HELD_SECONDS):
+                await self.stopping.wait()
+            storage = self._child.storage()
+            if not await trio.to_thread.run_sync(reserve.release, storage):
+                with trio.move_on_after(SPACE_SECONDS):
+                    await self.stopping.wait()
+        return None
 
     async def _locked(self, work: Callable[[], T]) -> T:
         async with self.steps:
@@ -183,10 +217,12 @@ class Service:
         """Apply everything durable now (or up to ``upto``), synced."""
         engine = self._engine
         target = int(params.get("upto") or engine.frontier.durable)
-        start = engine.applier.applied
+        start, until = engine.applier.applied, trio.current_time() + DRAIN_SECONDS
         while not await self._locked(lambda: engine.drain_step(target, self._child.stamp())):
-            if engine.trouble is not None:
-                raise InvalidInput(f"apply is held: {engine.trouble}")
+            if engine.held is not None:
+                if not engine.full or trio.current_time() > until:
+                    raise InvalidInput(f"apply is held: {engine.held}")
+                await trio.sleep(IDLE_SECONDS)
             call.progress(
                 {"phase": "applying", "done": max(0, engine.applier.done - start),
                  "total": max(1, target - start), "unit": "records"}

@@ -15,6 +15,7 @@ from cdp.child import Child, is_free
 from cdp.curator.controls import Controls
 from cdp.curator.engine import Engine, Policy
 from cdp.curator.points import Points
+from cdp.curator.space import Space, available_bytes
 from cdp.disk_identity import identity_of
 from journal.catalog import Catalog
 from journal.catalog_state import Bookmark, Pin, Thinned, drop
@@ -112,6 +113,10 @@ def open_engine(
         other_bytes=lambda: other_bytes(Path(config.journal)),
         identity=lambda: identity_of(child.backing_fd),
         viewer_gone=lambda: is_free(child.directory, "viewer"),
+        space=Space(
+            storage, lambda: available_bytes(Path(config.journal)),
+            segment_bytes=config.segment_bytes,
+        ),
     )  # fmt: skip
     points = Points(
         engine, points_redo, controls, clock=[(0, 0)], start_stamp=_start_stamp(points_redo)
@@ -181,7 +186,7 @@ def _list(catalog: Catalog, frontier: Frontier, segment: int) -> None:
 
 
 def other_bytes(journal: Path) -> int:
-    """Bytes of the index and the catalog."""
+    """Bytes of the index, the catalog and the reserve."""
     total = 0
     for directory in (journal, journal / INDEX):
         try:

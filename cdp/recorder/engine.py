@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 # Bytes appended between two hints to the kernel to begin writing.
 HINT_BYTES: Final = 8 << 20
+# For so long it is said that writes are refused; nobody may have tried since.
+REFUSED_NS_MAX: Final = 5_000_000_000
 _MASK: Final = BLOCK - 1
 _EIO: Final = int(NbdError.EIO)
 _ENOSPC: Final = int(NbdError.ENOSPC)
@@ -112,6 +114,7 @@ class Recorder:
         # What earlier recorders of this boot have counted, and what was said about it last.
         self._counted_before = frontier.redo_bytes
         self._room_for = (0, 0)
+        self._refused = (-1, 0, "")  # last seq then, when, and why
         tail.noted = self.count_bytes
 
     # ------------------------------------------------------------------------------------- stamps
@@ -258,6 +261,9 @@ class Recorder:
         """Nothing of a batch was executed: say so."""
         if isinstance(error, Poisoned):
             self.poison(error)
+        else:
+            self.frontier.redo_refused += 1
+            self._refused = self.writer.last_seq, now_ns(_BOOTTIME), str(error)
         code = _EIO if isinstance(error, Poisoned) else _ENOSPC
         self.fail(connection, cookies, code, str(error))
 
@@ -380,6 +386,13 @@ class Recorder:
             event.set()
         self.events = []
         self.on_poison(error)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why writes are refused, as far as is known: nothing was appended since the last was."""
+        last_seq, when, why = self._refused
+        recent = now_ns(_BOOTTIME) - when < REFUSED_NS_MAX
+        return why if recent and last_seq == self.writer.last_seq else None
 
     def damage(self, error: Damaged) -> None:
         """A record that is not applied has lost its content: say so, once for each."""

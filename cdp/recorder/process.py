@@ -30,6 +30,7 @@ from cdp.recorder.holds import Holds
 from cdp.recorder.loop import Loop
 from cdp.recorder.start import Started, start_recorder
 from cdp.rpc import RpcServer
+from journal import reserve
 from journal.errors import CdpError, JournalFull, Poisoned
 from journal.format import BLOCK
 
@@ -208,9 +209,12 @@ class Process:
                 break
             except JournalFull as error:
                 # Space may come back; nobody else will say so.
+                if self.reason != str(error):
+                    log.error("%s", error)
                 self.reason = str(error)
-                log.error("%s", error)
                 frontier.close()
+                if reserve.release(self.storage):
+                    continue
                 with trio.move_on_after(1.0):
                     await self.stopping.wait()
             except CdpError as error:
@@ -343,6 +347,7 @@ class Process:
             "state": self.state,
             "served": reason is None,
             "reason": reason,
+            "trouble": recorder.refusal,
             "size": recorder.size,
             "last_seq": writer.last_seq,
             "durable": writer.durable,

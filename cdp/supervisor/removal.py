@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 MARKER: Final = "removing.json"
 PURGE: Final = "removing.purge"
 _JOURNAL_DIRECTORIES: Final = ("redo", "undo", "index")
-_JOURNAL_FILES: Final = ("catalog.*",)
+_JOURNAL_FILES: Final = ("catalog.*", "reserve", "reserve.*")
 _OWN_FILES: Final = ("*.sock", "*.lock", "frontier", "*.new", "held.json", "network-client")
 
 

@@ -96,6 +96,8 @@ def test_remove_with_and_without_purge(shared: Daemon, cdp: Commands) -> None:
     cdp("disk", "remove", "own")
     backing.unlink()
     cdp("disk", "add", "own", "--size", str(SIZE))
+    journal = shared.directory / "disks" / "own" / "journal"
+    eventually((journal / "reserve").exists, lambda: list(journal.iterdir()))
     cdp("disk", "remove", "own", "--purge")
     assert not backing.parent.exists()
 

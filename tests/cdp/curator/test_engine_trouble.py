@@ -191,6 +191,53 @@ def test_without_space_and_nothing_to_give_up_it_waits(world: World) -> None:
     check(world)
 
 
+@pytest.mark.expect_log("is held: no space|what was kept in reserve")
+def test_the_reserve_is_used_after_the_recorder_was_held(world: World) -> None:
+    """! Else what is given away for making space would be used up by the next writes."""
+    world.running.policy.overflow = "throttle"
+    step(world)
+    reserved = len(world.sim.live["reserve"].live)
+    assert reserved > world.running.policy.segment_bytes
+    world.write(0)
+    world.sync()
+    world.sim.space = world.sim.used()
+    assert world.frontier.redo_bytes_max > 1
+    step(world)
+    assert world.running.full
+    assert world.frontier.redo_bytes_max == 1
+    assert "reserve" in world.sim.live
+    step(world)
+    assert "reserve" not in world.sim.live
+    rest(world)
+    assert world.frontier.applied == world.frontier.durable
+    assert (world.running.full, world.running.held) == (False, None)
+    check(world)
+    check_backing(world)
+    world.sim.space = 1 << 40
+    rest(world)
+    assert len(world.sim.live["reserve"].live) == reserved
+
+
+@pytest.mark.expect_log("file system is full|history before seq")
+def test_history_goes_when_the_recorder_was_refused_space(world: World) -> None:
+    """Policy `shrink`; and without a refusal none goes, however full the file system is."""
+    world.running.space.available = lambda: 0
+    world.fill_segments(8)
+    rest(world)
+    assert world.running.catalog.window_start == 0
+    assert not world.running.space.confined
+    world.frontier.redo_refused += 1
+    rest(world)
+    assert world.running.catalog.window_start > 0
+    assert len(world.running.redo.segments()) < 8
+    assert "free some there" in str(world.running.trouble)
+    check(world)
+    world.running.space.available = lambda: 1 << 30
+    rest(world)
+    assert world.running.trouble is None
+    assert world.frontier.redo_bytes_max > 1 << 39
+
+
 # ----------------------------------------------------------------------------------------- damage
 def place_of(world: World, seq: int) -> tuple[str, int]:
     """File of a record and offset of its payload."""

@@ -138,11 +138,14 @@ async def test_no_space_is_said_and_survived(short_tmp: Path) -> None:
                     await call
                 assert caught.value.code == 28
             assert await client.read(0, 8192) == b"a" * 4096 + bytes(4096)
+            assert "free some on the journal's file system" in process.status()["trouble"]
+            assert process.recorder.frontier.redo_refused == 5  # the curator hears of it
             await client.flush()
             storage.write_error = 0
             await client.write(4096, b"c" * 4096)
             assert await client.read(0, 8192) == b"a" * 4096 + b"c" * 4096
             assert process.recorder.writer.last_seq == 2
+            assert process.status()["trouble"] is None
     assert process.exit_code == 0
 
 

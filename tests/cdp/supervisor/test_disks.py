@@ -456,7 +456,8 @@ async def test_remove_keeps_the_content_and_deletes_the_history(
     async with with_disks() as (daemon, control):
         await control.add_disk({"name": "vm", "backing": str(backing), "journal": str(journal)})
         (journal / "redo" / "00000001.seg").touch()
-        (journal / "catalog.0").touch()
+        for name in ("catalog.0", "reserve", "reserve.tmp"):
+            (journal / name).touch()
         (journal / "of-somebody-else").touch()
         for name in ("calls.log", "pids"):
             (world.state_dir / "disks" / "vm" / name).rename(short_tmp / name)
