@@ -242,10 +242,8 @@ class _Recovery:
         size = align(len(head) + len(payload))
         padding = bytes(-(segment.offset + len(head) + len(payload)) % PAGE)
         segment.file.write(segment.offset, [head, payload, padding])
-        segment.batches.append(
-            (segment.offset, int(batch["first_seq"]), int(batch["stamp"]), int(batch["barrier"]),
-             chain, count, head)
-        )  # fmt: skip
+        segment.heads += head
+        segment.sizes.append(len(head))
         segment.chain = chain
         segment.offset += size
         return size

@@ -11,7 +11,7 @@ one other, one call at a time. They share, under the interpreter's lock and with
 * `_unsealed`, the segments not sealed yet, oldest first, the last one open. The loop appends to the
   list, the sync thread removes from its front, and works on a copy.
 * of each segment: everything is written by the loop, until its successor is in the list; from then
-  on the loop only reads it. `offset` and `batches` are brought up to date before `last_seq`.
+  on the loop only reads it. `offset` and `heads` are brought up to date before `last_seq`.
 * `last_seq`, written by the loop after the record's bytes and its segment's place in `_unsealed`.
   The sync thread reads it FIRST and copies the list THEN: every record up to the number it read
   lies in a file of its copy, and was written before the fdatasync that follows. What is appended
@@ -28,18 +28,17 @@ import dataclasses
 import errno
 import json
 import threading
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple, NoReturn
 
 from journal.bitmaps import Bitmaps
 from journal.errors import JournalFull, Poisoned
 from journal.format import (
-    BATCH_HEADER,
     BATCH_MAGIC,
     BATCH_SHAPES,
     CHAIN_AT,
     CONTROLS,
-    ENTRY,
     FORMAT_VERSION,
     HEADER_PAGE,
     SEGMENT_ID_MAX,
@@ -57,10 +56,10 @@ from journal.format import (
 from journal.segment import (
     DIRECTORY,
     PAGE,
-    TableBuilder,
     footer_offset,
     pack_footer,
     segment_name,
+    table_of_heads,
 )
 from journal.storage import Buffer, File, Storage
 
@@ -71,9 +70,6 @@ _PACK_SUM: Final = U64.pack_into
 _NEW: Final = tuple.__new__  # skips the named tuple's own constructor
 _IN_ROLLBACK: Final = {Kind.REF, *CONTROLS}
 _REDO: Final = DIRECTORY[Log.REDO]
-
-# offset, first_seq, stamp, barrier, chain, count, header and table
-Batch = tuple[int, int, int, int, int, int, bytearray]
 
 
 class Appended(NamedTuple):
@@ -92,13 +88,17 @@ def is_full(error: OSError) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class OpenSegment:
-    """A segment being written, or waiting for its footer. ``offset``: where the next batch goes."""
+    """A segment being written, or waiting for its footer. ``offset``: where the next batch goes.
+
+    ``heads`` and ``sizes``: see `segment.table_of_heads`.
+    """
 
     header: SegmentHeader
     file: File
     chain: int
     offset: int = HEADER_PAGE
-    batches: list[Batch] = dataclasses.field(default_factory=list)
+    heads: bytearray = dataclasses.field(default_factory=bytearray)
+    sizes: array[int] = dataclasses.field(default_factory=lambda: array("I"))
     number: int = 0
     seed: int = 0
     written_back: int = HEADER_PAGE
@@ -145,14 +145,9 @@ def seal(segment: OpenSegment, bitmaps: Bitmaps) -> int:
     The caller syncs the file. Returns the file's size. The order is what lets a reader trust a
     footer: where one is whole, every record of the segment was durable before it was written.
     """
-    builder = TableBuilder(segment.number, segment.header.first_seq)
-    for offset, first_seq, stamp, barrier, chain, count, head in segment.batches:
-        middle = BATCH_HEADER.size + count * ENTRY.size
-        builder.add_parts(
-            offset, first_seq, stamp, barrier, chain, count,
-            head[BATCH_HEADER.size : middle], head[middle:],
-        )  # fmt: skip
-    table = builder.table()
+    table = table_of_heads(
+        segment.number, segment.header.first_seq, segment.heads, segment.sizes
+    )  # fmt: skip
     moved = bitmaps.copy()
     written = moved.advance(table)
     at = footer_offset(segment.offset)
@@ -273,7 +268,8 @@ class RedoWriter:
             if is_full(error):
                 self._take_back(segment)
             self._failed(error, f"append to segment {segment.number}")
-        segment.batches.append((offset, first, stamp, barrier, chain, count, head))
+        segment.heads += head
+        segment.sizes.append(table_bytes)
         segment.chain = chain
         segment.offset = offset + size
         self._appended_bytes += size
@@ -479,7 +475,7 @@ class RedoWriter:
             segment.file.sync()
         except OSError as error:
             self._poison(error, f"make the footer of segment {segment.number} durable")
-        segment.batches = []
+        segment.heads, segment.sizes = bytearray(), array("I")
         if not last:
             with self._lock:
                 del self._unsealed[0]

@@ -52,6 +52,7 @@ from journal.table import (
     derive_rows,
     pack_footer,
     payload_sizes,
+    table_of_heads,
     unpack_trailer,
 )
 
@@ -60,7 +61,7 @@ __all__ = [  # what lies in `table` is part of a segment as well: one place to i
     "SegmentLister", "Table", "TableBuilder", "Trailer", "derive_rows", "footer_offset",
     "load_footer", "load_table", "open_segment", "pack_footer", "payload_sizes", "read_blocks",
     "read_body", "read_info", "read_leniently", "read_rows", "row_sums", "segment_name",
-    "sums_of", "unpack_trailer", "verify_rows", "with_bounds",
+    "sums_of", "table_of_heads", "unpack_trailer", "verify_rows", "with_bounds",
 ]  # fmt: skip
 
 DIRECTORY: Final = {Log.REDO: "redo", Log.UNDO: "undo"}

@@ -8,6 +8,7 @@ it is put together from the batches. Both ways give the same table.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from typing import Final
 
 import numpy as np
@@ -149,6 +150,40 @@ class TableBuilder:
             )
             self._entries, self._sums, self._batches = [], [], []
         return self._table
+
+
+def table_of_heads(segment: int, first_seq: int, heads: Buffer, sizes: array[int]) -> Table:
+    """The table of all batches, from what their writer kept: ``heads`` has their headers, entries
+    and checksums, one behind the other, ``sizes`` (32-bit) says how many bytes each.
+
+    For the recorder's sync thread: some calls on everything at once, which let go of the
+    interpreter's lock. One call for each batch keeps the loop, which wants it, from answering.
+    """
+    words = np.frombuffer(heads, "<u8")
+    lengths = np.frombuffer(sizes, np.uint32).astype(np.int64) // 8
+    starts = np.cumsum(lengths) - lengths
+    counts = (words[starts + 1] >> np.uint64(32)).astype(np.int64)
+    batches = np.empty(len(starts), BATCH_DTYPE)
+    for name, word in (
+        ("offset", 5),
+        ("first_seq", 6),
+        ("stamp", 7),
+        ("barrier", 8),
+        ("chain", 15),
+    ):
+        batches[name] = words[starts + word]
+    batches["count"], batches["first_row"] = counts, np.cumsum(counts) - counts
+    entries, after = ENTRY.size // 8 * counts, starts + BATCH_HEADER.size // 8
+    rows = _gather(words, after, entries).view(ENTRY_DTYPE)
+    sums = _gather(words, after + entries, starts + lengths - after - entries)
+    return Table(segment, first_seq, derive_rows(rows, batches), sums, batches)
+
+
+def _gather(words: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Stretches of an array, one behind the other."""
+    moves = starts - (np.cumsum(lengths) - lengths)
+    found: np.ndarray = words[np.repeat(moves, lengths) + np.arange(lengths.sum())]
+    return found
 
 
 def derive_rows(

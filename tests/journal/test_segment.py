@@ -45,6 +45,7 @@ from journal.segment import (
     read_rows,
     row_sums,
     segment_name,
+    table_of_heads,
     unpack_trailer,
     verify_rows,
     with_bounds,
@@ -294,7 +295,9 @@ def test_an_empty_builder_has_a_table() -> None:
 
 
 def offsets(built: Builder) -> list[int]:
-    return [batch[0] for batch in built.segment.batches]
+    segment = built.segment
+    table = table_of_heads(segment.number, 1, segment.heads, segment.sizes)
+    return table.batches["offset"].tolist()
 
 
 def test_batches_behind_a_damaged_one_are_found(built: Builder) -> None:
