@@ -165,7 +165,7 @@ class Connection:
             self._make_room()
             end = self.end
         try:
-            count = self._recv_into(self.view[end:])
+            count = self._recv_into(self.view[end:] if end else self.view)
         except BlockingIOError:
             return 0
         except OSError:

@@ -15,9 +15,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from struct import Struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from cdp.nbd.transmission import error_reply, ok_replies, ok_reply
 from cdp.nbd.wire import NBD_CMD_WRITE, NBD_REQUEST_MAGIC, REQUEST, NbdError
@@ -56,10 +58,57 @@ assert _HEAD.size == _HEADER
 _PLAIN: Final = NBD_REQUEST_MAGIC << 32 | NBD_CMD_WRITE
 _STRIDE: Final = _HEADER + BLOCK
 _FEW: Final = 8
+# So many headers are unpacked in one call.
+_MANY: Final = 8
+_MANY_MAX: Final = 256
+_HEADS: Final = [Struct(">" + f"Q8sQI{BLOCK}x" * count) for count in range(_MANY_MAX + 1)]
+_PLAINS: Final = [(_PLAIN,) * count for count in range(_MANY_MAX + 1)]
+_BLOCKS: Final = [(BLOCK,) * count for count in range(_MANY_MAX + 1)]
 _ENTRY: Final = [0, 0, 1, int(Kind.WRITE), 0, 0]
 _TEMPLATES: Final = [_ENTRY * count for count in range(257)]
 _BOOTTIME: Final = time.CLOCK_BOOTTIME
 now_ns = time.clock_gettime_ns
+
+# Plain writes of one block, found in the buffer: blocks, cookies, payloads, checksums, their end.
+Found: TypeAlias = tuple[list[int], Sequence[bytes], list[memoryview], list[int], int]
+
+
+def _few(view: memoryview, at: int, end: int, last: int) -> Found:
+    """The plain writes at the front of `view[at:end]`, one by one."""
+    stop = end - _STRIDE
+    unpack = _HEAD.unpack_from
+    blocks, cookies, payloads, sums = [], [], [], []
+    while at <= stop:
+        head, cookie, offset, length = unpack(view, at)
+        if head != _PLAIN or length != BLOCK or offset & _MASK or offset > last:
+            break
+        payload = view[at + _HEADER : at + _STRIDE]
+        blocks.append(offset >> 12)
+        cookies.append(cookie)
+        payloads.append(payload)
+        sums.append(checksum(payload))
+        at += _STRIDE
+    return blocks, cookies, payloads, sums, at
+
+
+def _many(view: memoryview, at: int, end: int, last: int) -> Found | None:
+    """The same, if it is nothing else and many: half the time for each, in few byte codes."""
+    count = (end - at) // _STRIDE
+    if not _MANY <= count <= _MANY_MAX:
+        return None
+    fields = _HEADS[count].unpack_from(view, at)
+    offsets = fields[2::4]
+    if (
+        fields[::4] != _PLAINS[count]
+        or fields[3::4] != _BLOCKS[count]
+        or reduce(or_, offsets) & _MASK
+        or max(offsets) > last
+    ):
+        return None
+    end = at + count * _STRIDE
+    payloads = [view[place : place + BLOCK] for place in range(at + _HEADER, end, _STRIDE)]
+    blocks = [offset >> 12 for offset in offsets]
+    return blocks, fields[1::4], payloads, list(map(checksum, payloads)), end
 
 
 class Recorder:
@@ -145,24 +194,13 @@ class Recorder:
 
         0: there are none, or no room for them. Whether the client has hung up was asked before.
         """
-        view = connection.view
-        start = at = connection.start
-        stop = connection.end - _STRIDE
-        last = connection.plain_end
-        unpack = _HEAD.unpack_from
-        blocks, cookies, payloads, sums = [], [], [], []
-        while at <= stop:
-            head, cookie, offset, length = unpack(view, at)
-            if head != _PLAIN or length != BLOCK or offset & _MASK or offset > last:
-                break
-            payload = view[at + _HEADER : at + _STRIDE]
-            blocks.append(offset >> 12)
-            cookies.append(cookie)
-            payloads.append(payload)
-            sums.append(checksum(payload))
-            at += _STRIDE
+        start, end = connection.start, connection.end
+        found = _many(connection.view, start, end, connection.plain_end)
+        if found is None:
+            found = _few(connection.view, start, end, connection.plain_end)
+        blocks, cookies, payloads, sums, at = found
         count = len(blocks)
-        if count < _FEW and at <= stop:
+        if count < _FEW and at <= end - _STRIDE:
             return 0  # others follow: one append for all of them is better
         size = at - start - _HEADER * count
         tail = self.tail
@@ -186,8 +224,10 @@ class Recorder:
             connection.executed(at)
             self.not_appended(connection, cookies, error)
             return count
-        self.overlay.generation(segment).add_run(blocks, place, sums, last_seq)
+        # Its client goes on while the accounts are done; nothing else is executed before.
         connection.send(ok_replies(cookies) if count > 1 else ok_reply(cookies[0]))
+        self.active_at = now = now_ns(_BOOTTIME)
+        self.overlay.generation(segment).add_run(blocks, place, sums, last_seq)
         tail.last_seq = last_seq
         tail.total = total = tail.total + work
         if total >= tail.note_at:
@@ -202,7 +242,6 @@ class Recorder:
         statistics = self.statistics
         statistics.plain_writes += count
         latency = statistics.write_latency
-        self.active_at = now = now_ns(_BOOTTIME)
         latency.counts[(now - began >> BUCKET_SHIFT).bit_length()] += count
         latency.sum_ns += (now - began) * count
         return count
@@ -256,7 +295,7 @@ class Recorder:
             self._hint(self.unsynced, last_seq)
 
     def not_appended(
-        self, connection: Connection, cookies: list[bytes], error: JournalFull | Poisoned
+        self, connection: Connection, cookies: Sequence[bytes], error: JournalFull | Poisoned
     ) -> None:
         """Nothing of a batch was executed: say so."""
         if isinstance(error, Poisoned):
@@ -267,7 +306,9 @@ class Recorder:
         code = _EIO if isinstance(error, Poisoned) else _ENOSPC
         self.fail(connection, cookies, code, str(error))
 
-    def fail(self, connection: Connection, cookies: list[bytes], code: int, reason: str) -> None:
+    def fail(
+        self, connection: Connection, cookies: Sequence[bytes], code: int, reason: str
+    ) -> None:
         """Answer with an error that is not the client's fault."""
         self.statistics.failed += len(cookies)
         for cookie in cookies:

@@ -37,6 +37,8 @@ BUSY_NS: Final = 1_000_000
 SPIN_NS_MAX: Final = 40_000
 SPIN_NS_MIN: Final = 5_000
 SPIN_SOON_NS: Final = 80_000
+# Events that one poll takes in: Python allocates room for all of them, a thousand without a bound.
+EVENTS_MAX: Final = 32
 # Shorter delays add up until they are worth a pause.
 PAUSE_NS_MIN: Final = 1_000_000
 # How often `applied` is looked at while somebody waits for it.
@@ -79,6 +81,7 @@ class Loop:
         self._parked = False
         self._attention = False
         self._spin_ns = SPIN_NS_MAX
+        self._checkpoint_at = 0
         self._throttled_since = 0
         self._turns = 0
         self._number = 0
@@ -133,16 +136,15 @@ class Loop:
     # -------------------------------------------------------------------------------------- run
     async def run(self) -> None:
         """Serve until `stop`; connections are closed then."""
-        checkpoint_at = 0
         try:
             while not self.stopping:
                 if self._turn() or self._spin():
-                    if now_ns(_BOOTTIME) < checkpoint_at:
+                    if now_ns(_BOOTTIME) < self._checkpoint_at:
                         continue
                     await trio.lowlevel.checkpoint()
                 else:
                     await self._park()
-                checkpoint_at = now_ns(_BOOTTIME) + BUSY_NS
+                self._checkpoint_at = now_ns(_BOOTTIME) + BUSY_NS
         finally:
             self.close_all()
             self._epoll.close()
@@ -191,20 +193,51 @@ class Loop:
         return progress
 
     def _spin(self) -> bool:
-        """Poll for a moment; whether something came."""
-        if self._poll():
-            return True
-        if not self._spin_ns or not self.connections:
-            return False
-        end = now_ns(_BOOTTIME) + self._spin_ns
-        while now_ns(_BOOTTIME) < end:
-            if self._poll() or self._attention:
+        """Poll for a moment; whether something came.
+
+        A client that is alone is served right here: of one that waits for each reply before its
+        next request, all that is done between poll and reply, and back to the poll, is latency.
+        """
+        poll = self._epoll.poll
+        alone, expected = self._alone()
+        end = now_ns(_BOOTTIME) + self._spin_ns if self.connections else 0
+        while True:
+            events = poll(0, EVENTS_MAX)
+            if events:
+                self._spin_ns = SPIN_NS_MAX
+                if events != expected or alone is None:
+                    self._take(events)
+                    return True
+                alone.polled = self.recorder.writer.last_seq
+                found = self._step(alone)
+                if found == AND_MORE:
+                    self._hot.append(alone)
+                now = now_ns(_BOOTTIME)
+                if (
+                    found != SOMETHING
+                    or self._attention
+                    or self._troubled
+                    or self._waiting
+                    or now >= self._checkpoint_at
+                ):
+                    return True
+                end = now + SPIN_NS_MAX
+            elif self._attention:
                 self._spin_ns = SPIN_NS_MAX
                 return True
+            elif now_ns(_BOOTTIME) >= end:
+                break
         self._spin_ns //= 2
         if self._spin_ns < SPIN_NS_MIN:
             self._spin_ns = 0
         return False
+
+    def _alone(self) -> tuple[Connection | None, list[tuple[int, int]]]:
+        """The only connection, if there is one, and what a poll says when it has sent something."""
+        if len(self.connections) != 1:
+            return None, []
+        (connection,) = self.connections.values()
+        return connection, [(connection.fd, _IN)]
 
     async def _park(self) -> None:
         self._parked = True
@@ -238,9 +271,14 @@ class Loop:
 
     def _poll(self) -> bool:
         """Take in what the sockets have to say; whether anything."""
-        events = self._epoll.poll(0)
+        events = self._epoll.poll(0, EVENTS_MAX)
         if not events:
             return False
+        self._take(events)
+        return True
+
+    def _take(self, events: list[tuple[int, int]]) -> None:
+        """What a poll found."""
         last_seq = self.recorder.writer.last_seq
         for fd, what in events:
             connection = self.connections.get(fd)
@@ -261,7 +299,6 @@ class Loop:
                 self._may_go_on(connection)
             elif what & (_IN | _HANGUP) and connection not in self._hot:
                 self._hot.append(connection)
-        return True
 
     def _drain_wakeup(self) -> None:
         try:
