@@ -32,6 +32,7 @@ from cdp.nbd.wire import (
     REQUEST,
     RemoteProtocolError,
 )
+from cdp.sockets import tune
 from journal.format import BLOCK
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ BUFFER_BYTES: Final = 1 << 20
 REPLY_BYTES: Final = 1 << 20
 # Replies that a client has not taken; above this it is not heard.
 OUT_BYTES_MAX: Final = 4 << 20
-SOCKET_BUFFER_BYTES: Final = 4 << 20
-_SO_SNDBUFFORCE: Final = 32
-_SO_RCVBUFFORCE: Final = 33
 
 
 class Connection:
@@ -107,7 +105,7 @@ class Connection:
         buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
         sock.setblocking(False)
-        _tune(sock)
+        tune(sock)
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = peer
@@ -344,19 +342,3 @@ class Connection:
             self.deferred.clear()
             self.behind.clear()
             self.sock.close()
-
-
-def _tune(sock: socket.socket) -> None:
-    """No delay over TCP (the kernel tunes its buffers itself); large buffers else."""
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return
-    for force, plain in (
-        (_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)
-    ):  # fmt: skip
-        for option in (force, plain):
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
-                break
-            except OSError:
-                continue
