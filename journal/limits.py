@@ -62,7 +62,7 @@ CATALOG_FILE_BYTES_TIGHT: Final = 64 * KIB
 CATALOG_ENTRY_BYTES_MAX: Final = 64 * MIB  # a state with some 300,000 bookmarks
 
 # ----------------------------------------------------------------------------------------- caches
-FILES_OPEN_MAX: Final = 64  # a follower's segment files
+FILES_OPEN_MAX: Final = 256  # segment files of one follower; a process has two
 TABLE_ROWS_CACHED_MAX: Final = 4_000_000  # rows of 40 bytes in a follower's cache
 
 # ------------------------------------------------------------------------- relations relied upon

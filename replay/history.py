@@ -9,8 +9,7 @@ again with a new snapshot; a bad checksum is an error, never "the next one".
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -39,7 +38,9 @@ from replay.facts import (
 from replay.plan import stretches
 from replay.refs import decide
 
-__all__ = ["ATTEMPTS", "History", "Log", "Told", "UndoLog"]
+__all__ = ["ATTEMPTS", "History", "Log", "Piece", "Told", "UndoLog"]
+
+Piece = tuple[int, int, int]  # an offset in a file; start and end in the output
 
 FEW_BLOCKS = 64  # so few, and scattered, are looked up one by one
 # Of a read whose snapshot went stale; each retry means that a file was deleted meanwhile.
@@ -380,7 +381,7 @@ class History:
                 at, blocks = at[~hit], blocks[~hit]
             if not len(blocks):
                 return
-            self._backing(out, at, blocks)
+            self.read_backing(out, _pieces(at, blocks))
             if not self._stale(snapshot):
                 return
             snapshot = self.refresh()
@@ -394,21 +395,23 @@ class History:
                 raise Corruption("records are damaged or gone", file="redo", first_seq=first,
                                  last_seq=last)  # fmt: skip
 
-    def _backing(self, out: bytearray | memoryview, at: np.ndarray, blocks: np.ndarray) -> None:
-        bounds = stretches(blocks, at - np.arange(len(at)))
+    def read_backing(self, out: bytearray | memoryview, pieces: Iterable[Piece]) -> None:
+        """What the backing holds there. It means nothing before the undo log was looked at once
+        more (R1).
+        """
         view = memoryview(out)
-        for low, high in itertools.pairwise(bounds):
-            data = self.backing.read(int(blocks[low]) * BLOCK, int(high - low) * BLOCK)
-            start = int(at[low]) * BLOCK
-            view[start : start + len(data)] = data
-            rest = int(high - low) * BLOCK - len(data)  # the end of a short last block
-            view[start + len(data) : start + len(data) + rest] = bytes(rest)
+        read = self.backing.read_into
+        for offset, start, end in pieces:
+            part = view[start:end]
+            got = read(offset, part)
+            if got < end - start:  # the end of a short last block
+                part[got:] = bytes(end - start - got)
 
     def _images(
         self, out: bytearray | memoryview, at: np.ndarray, blocks: np.ndarray, locs: np.ndarray
     ) -> None:
         content = kinds_of(locs) == Kind.IMAGE
-        self._payloads(out, at[content], blocks[content], locs[content], self.undo)
+        self.read_payloads(out, at[content], blocks[content], locs[content], self.undo)
         _zero(out, at[~content])
 
     def _redo_content(
@@ -416,7 +419,7 @@ class History:
     ) -> None:
         kind = kinds_of(locs)
         write, ref = kind == Kind.WRITE, kind == Kind.REF
-        self._payloads(out, at[write], blocks[write], locs[write], self.redo)
+        self.read_payloads(out, at[write], blocks[write], locs[write], self.redo)
         _zero(out, at[~write & ~ref])
         if ref.any():
             self._refs(out, at[ref], blocks[ref], locs[ref])
@@ -439,8 +442,26 @@ class History:
         if self._stale(snapshot) and self.refresh().floor > oldest_ref:
             raise Vanished("a ref was reclaimed while it was followed")
 
-    def _where(self, loc: int, log: Log) -> tuple[Table, int, SegmentInfo]:
+    def places(self, blocks: np.ndarray, seq: int) -> tuple[Snapshot, np.ndarray, np.ndarray]:
+        """Where what ``blocks`` (sorted u64) held at the openable point ``seq`` lies: locs, and
+        whether they are of the redo log (bool). No loc: in the backing, if no image was published
+        since the snapshot.
+        """
+        snapshot = self.snapshot if seq <= self.snapshot.decided else self.refresh()
+        seqs, locs = self.newest_le(blocks, seq)
+        self._refuse_lost(seqs, seq)
+        redo = locs > 0
+        if not redo.all():
+            if snapshot.images_lost is not None:
+                raise snapshot.images_lost
+            locs[~redo] = self.smallest_gt(blocks[~redo], seq)[1]
+        return snapshot, locs, redo
+
+    def locate(self, loc: int, *, redo: bool) -> tuple[Table, int, SegmentInfo]:
         """Table, row and segment of what an index names, which must be what is there."""
+        return self._where(loc, self.redo if redo else self.undo)
+
+    def _where(self, loc: int, log: Log) -> tuple[Table, int, SegmentInfo]:
         kind, segment, row = unpack_loc(loc)
         redo = log is self.redo
         infos = self.snapshot.redo_infos if redo else self.snapshot.undo_infos
@@ -460,7 +481,7 @@ class History:
             raise Corruption("index names a record that the segment lacks", file=info.name)
         return table, row, info
 
-    def _payloads(
+    def read_payloads(
         self,
         out: bytearray | memoryview,
         at: np.ndarray,
@@ -485,6 +506,16 @@ def _scattered(blocks: np.ndarray) -> bool:
     """
     count = len(blocks)
     return 0 < count <= FEW_BLOCKS and int(blocks[-1]) - int(blocks[0]) >= 4 * (count - 1)
+
+
+def _pieces(at: np.ndarray, blocks: np.ndarray) -> Iterator[Piece]:
+    """Where in the backing, and where at their places ``at``, blocks are that follow each other."""
+    bounds = stretches(blocks, at - np.arange(len(at)))
+    starts = at[bounds[:-1]] * BLOCK
+    return zip(
+        (blocks[bounds[:-1]] * np.uint64(BLOCK)).tolist(), starts.tolist(),
+        (starts + np.diff(bounds) * BLOCK).tolist(), strict=True,
+    )  # fmt: skip
 
 
 def _columns(found: list[tuple[int, int]]) -> Pair:

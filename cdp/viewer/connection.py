@@ -2,12 +2,14 @@
 
 Simpler than the recorder's loop, since nothing here is durable: a FLUSH of a writable view promises
 nothing that survives the view. Reads are done in the loop; a view is not in anybody's write path.
+Content is read to where it is sent from; the socket is asked first and waited for only if need be.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import socket
 from collections.abc import Mapping
 from typing import Final
 
@@ -39,13 +41,18 @@ from cdp.nbd.wire import (
     RemoteProtocolError,
     errno_to_nbd,
 )
+from cdp.sockets import tune
 from cdp.viewer.views import View
 from journal.errors import Corruption, JournalError
 
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES: Final = 256 << 10
-READ_BATCH_BYTES: Final = 8 << 20  # resolved at once; a larger batch goes in parts
+# Resolved and sent at once: enough that what a batch costs does not count, and so little that the
+# client works on one part while the next is read.
+READ_BATCH_BYTES: Final = 256 << 10
+CONTENT_BYTES: Final = 1 << 20  # kept for content; more is taken when it is needed
+PARTS_MAX: Final = 1024  # of one sendmsg
 EXTENTS_MAX: Final = 4096
 EXTENT_BYTES_MAX: Final = 0x80000000
 
@@ -56,7 +63,7 @@ class Connection:
     def __init__(
         self,
         view: View,
-        sock: trio.socket.SocketType,
+        sock: socket.socket,
         negotiated: Negotiated,
         leftover: bytes,
         *,
@@ -69,6 +76,10 @@ class Connection:
         self._buffer = bytearray(max(BUFFER_BYTES, len(leftover)))
         self._buffer[: len(leftover)] = leftover
         self._start, self._end = 0, len(leftover)
+        self._content = memoryview(bytearray(CONTENT_BYTES))
+        self._used = 0  # of it, by replies that were not sent yet
+        sock.setblocking(False)
+        tune(sock)
 
     async def run(self) -> None:
         """Until the client disconnects, hangs up or breaks the protocol."""
@@ -97,10 +108,14 @@ class Connection:
         if self._end == len(self._buffer):  # grows only as data really arrive
             self._buffer.extend(bytes(min(len(self._buffer), needed)))
         with memoryview(self._buffer) as view, view[self._end :] as free:
-            try:
-                count = await self._sock.recv_into(free)
-            except OSError:
-                return False
+            while True:
+                try:
+                    count = self._sock.recv_into(free)
+                    break
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(self._sock)
+                except OSError:
+                    return False
         self._end += count
         return count > 0
 
@@ -118,6 +133,7 @@ class Connection:
                 if pending >= READ_BATCH_BYTES:
                     self._read(reads, out)
                     await self._send(out)
+                    await trio.lowlevel.checkpoint()
                     out, reads, pending = [], [], 0
             else:
                 self._read(reads, out)
@@ -132,7 +148,7 @@ class Connection:
             return
         try:
             pieces = self._view.read_batch(
-                [(offset, length) for _, _, _, offset, length, _ in reads]
+                [(offset, length) for _, _, _, offset, length, _ in reads], self._room
             )
         except (OSError, JournalError) as error:
             if len(reads) == 1:
@@ -186,14 +202,35 @@ class Connection:
         for at, context in enumerate(self._contexts):
             out.append(block_status_chunk(cookie, context, extents, done=at == last))
 
+    def _room(self, length: int) -> memoryview:
+        """Memory for content, until the next `_send`."""
+        start, end = self._used, self._used + length
+        if end > len(self._content):
+            return memoryview(bytearray(length))
+        self._used = end
+        return self._content[start:end]
+
     async def _send(self, out: list[bytes | memoryview]) -> None:
         """All of it; the client is gone when that fails, which the next receive finds out."""
-        if not out:
-            return
-        data: bytes | memoryview = b"".join(out) if len(out) > 1 else out[0]
-        view = memoryview(data)
+        parts = out
         try:
-            while view:
-                view = view[await self._sock.send(view) :]
+            while parts:
+                try:
+                    sent = self._sock.sendmsg(parts[:PARTS_MAX])
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._sock)
+                else:
+                    parts = _behind(parts, sent)
         except OSError:
             return
+        finally:
+            self._used = 0
+
+
+def _behind(parts: list[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
+    """What is left of parts of which so many bytes were sent."""
+    for number, part in enumerate(parts):
+        if sent < len(part):
+            return [memoryview(part)[sent:], *parts[number + 1 :]]
+        sent -= len(part)
+    return []

@@ -25,6 +25,7 @@ from journal.errors import Conflict, InvalidInput, NotFound
 from journal.storage import RealFile
 from replay import rollback
 from replay.history import History
+from replay.places import Places
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Service:
 
     def __init__(self, child: Child, history: History, nursery: trio.Nursery) -> None:
         self._child, self._history, self._nursery = child, history, nursery
+        self._places = Places(history)
         self._lock = threading.Lock()
         self._views: dict[str, View] = {}
         self.stopping = trio.Event()
@@ -70,11 +72,11 @@ class Service:
         size = int(params.get("size") or self._child.config.size)
         if params.get("writable"):
             view: View = WritableView(
-                name, seq, size, self._history, self._lock,
+                name, seq, size, self._history, self._places, self._lock,
                 directory=self._child.directory, limit=int(params["overlay_limit"]),
             )  # fmt: skip
         else:
-            view = View(name, seq, size, self._history, self._lock)
+            view = View(name, seq, size, self._history, self._places, self._lock)
         self._views[name] = view
         return self._describe(view)
 
@@ -111,13 +113,13 @@ class Service:
         negotiated = params["negotiated"]
         text = negotiated if isinstance(negotiated, str) else json.dumps(negotiated)
         state = Negotiated.from_json(text)
-        sock = trio.socket.from_stdlib_socket(socket.socket(fileno=fds.pop()))
+        sock = socket.socket(fileno=fds.pop())
         leftover = base64.b64decode(params.get("leftover", ""))
         self._nursery.start_soon(self._serve, view, sock, state, leftover)
         return {}
 
     async def _serve(
-        self, view: View, sock: trio.socket.SocketType, state: Negotiated, leftover: bytes
+        self, view: View, sock: socket.socket, state: Negotiated, leftover: bytes
     ) -> None:
         view.connections += 1
         with sock, trio.CancelScope() as scope:

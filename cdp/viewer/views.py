@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,14 @@ from pyroaring import BitMap
 
 from journal.format import BLOCK
 from replay.history import History
+from replay.places import Places
 
 DATA, HOLE_ZERO = 0, 3  # base:allocation: NBD_STATE_HOLE | NBD_STATE_ZERO
+
+
+def allocate(length: int) -> memoryview:
+    """New memory."""
+    return memoryview(bytearray(length))
 
 
 class View:
@@ -29,11 +36,12 @@ class View:
     writable = False
 
     def __init__(
-        self, name: str, seq: int, size: int, history: History, lock: threading.Lock
-    ) -> None:
-        """``lock``: the history is for one thread at a time."""
+        self, name: str, seq: int, size: int, history: History, places: Places,
+        lock: threading.Lock,
+    ) -> None:  # fmt: skip
+        """``places``: of all views of the history; ``lock``: both are for one thread at a time."""
         self.name, self.seq, self.size = name, seq, size
-        self.history, self._lock = history, lock
+        self.history, self._places, self._lock = history, places, lock
         self.connections = 0
         self.scopes: set[trio.CancelScope] = set()
 
@@ -44,31 +52,33 @@ class View:
 
     def read(self, offset: int, length: int) -> memoryview:
         """Bytes of the disk at the point."""
-        return self.read_batch([(offset, length)])[0]
+        return self.read_batch([(offset, length)], allocate)[0]
 
-    def read_batch(self, requests: list[tuple[int, int]]) -> list[memoryview]:
+    def read_batch(
+        self, requests: list[tuple[int, int]], room: Callable[[int], memoryview]
+    ) -> list[memoryview]:
         """Several ``(offset, length)`` at once: what costs is done once for all of them.
 
+        ``room``: gives memory for so many bytes, with any content; what is returned lies in it.
         :raises Corruption: what holds one of them is damaged.
         """
-        firsts = [offset // BLOCK for offset, _ in requests]
-        counts = [
-            -(-(offset + length) // BLOCK) - first
-            for (offset, length), first in zip(requests, firsts, strict=True)
-        ]
-        parts = [
-            np.arange(first, first + count, dtype=np.uint64)
-            for first, count in zip(firsts, counts, strict=True)
-        ]
-        blocks = parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
-        content = bytearray(len(blocks) * BLOCK)
+        spans = [
+            (offset // BLOCK, -(-(offset + length) // BLOCK)) for offset, length in requests
+        ]  # fmt: skip
+        total = sum(end - first for first, end in spans)
+        if total == len(spans):
+            blocks = np.array([first for first, _ in spans], np.uint64)
+        else:
+            parts = [np.arange(first, end, dtype=np.uint64) for first, end in spans]
+            blocks = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        content = room(total * BLOCK)
         with self._lock:
-            self.history.read_into(content, blocks, self.seq)
-        view = memoryview(content)
-        result = []
-        for (offset, length), first in zip(requests, firsts, strict=True):
-            at = int(np.searchsorted(blocks, first)) * BLOCK + offset - first * BLOCK
-            result.append(view[at : at + length])
+            self._places.read_into(content, blocks, self.seq)
+        result, at = [], 0
+        for (offset, length), (first, end) in zip(requests, spans, strict=True):
+            start = at + offset - first * BLOCK
+            result.append(content[start : start + length])
+            at += (end - first) * BLOCK
         return result
 
     def allocation(self, offset: int, length: int) -> list[tuple[int, int]]:
@@ -103,11 +113,11 @@ class WritableView(View):
     writable = True
 
     def __init__(
-        self, name: str, seq: int, size: int, history: History, lock: threading.Lock,
-        *, directory: Path, limit: int,
+        self, name: str, seq: int, size: int, history: History, places: Places,
+        lock: threading.Lock, *, directory: Path, limit: int,
     ) -> None:  # fmt: skip
         """``directory``: where the overlay lies; ``limit``: bytes it may take."""
-        super().__init__(name, seq, size, history, lock)
+        super().__init__(name, seq, size, history, places, lock)
         self._fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self._limit = limit
         self._present, self._zeroed = BitMap(), BitMap()
@@ -116,9 +126,11 @@ class WritableView(View):
     def overlay_bytes(self) -> int:
         return len(self._present) * BLOCK
 
-    def read_batch(self, requests: list[tuple[int, int]]) -> list[memoryview]:
+    def read_batch(
+        self, requests: list[tuple[int, int]], room: Callable[[int], memoryview]
+    ) -> list[memoryview]:
         if not self._present and not self._zeroed:
-            return super().read_batch(requests)
+            return super().read_batch(requests, room)
         return [self._read(offset, length) for offset, length in requests]
 
     def _read(self, offset: int, length: int) -> memoryview:
@@ -129,7 +141,7 @@ class WritableView(View):
         if len(others):
             below = bytearray(len(others) * BLOCK)
             with self._lock:
-                self.history.read_into(below, others, self.seq)
+                self._places.read_into(memoryview(below), others, self.seq)
             for at, block in enumerate(others.tolist()):
                 start = (block - first) * BLOCK
                 content[start : start + BLOCK] = below[at * BLOCK : (at + 1) * BLOCK]

@@ -39,6 +39,8 @@ def check(world: World, *, ours: bool = True) -> None:
     for history in (reader, *([world.running.history] if ours else [])):
         for seq in points:
             _expect(world, f"seq {seq}", values(history.read(seq, 0, world.blocks)), seq)
+    for seq in points:
+        _expect(world, f"seq {seq}, remembered", world.remembered(seq), seq)
     _check_images(world, reader)
     _check_live(world)
     close(reader)

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cdp.child import Child
 from cdp.config import DiskConfig
 from cdp.curator.engine import Engine
@@ -34,6 +36,7 @@ from journal.recovery import recover
 from journal.redo import RedoWriter
 from journal.segment import SegmentLister
 from replay.history import History
+from replay.places import Places
 from replay.rollback import plan as plan_rollback
 from tests.crash.curator_storage import (
     BACKING,
@@ -44,6 +47,7 @@ from tests.crash.curator_storage import (
     content,
     one_sided,
     read_log,
+    values,
 )
 from tests.crash.sim_storage import Inode, SimStorage
 
@@ -101,6 +105,7 @@ class World:
         self.engine: Engine | None = None
         self.points: Points | None = None
         self.writer: RedoWriter | None = None
+        self._eyes: tuple[int, Places] | None = None
         self.before_write: Callable[[int, int], None] = lambda offset, length: None
         self._boot()
         self.start_curator()
@@ -530,6 +535,19 @@ class World:
     def reader(self) -> History:
         """A viewer's eyes."""
         return open_history(self.child, self.frontier)
+
+    def places(self) -> Places:
+        """Those of a viewer that lives through everything but the end of a boot."""
+        if self._eyes is None or self._eyes[0] != self.lives:
+            self._eyes = self.lives, Places(self.reader(), chunks=64, fill_after=0)
+        return self._eyes[1]
+
+    def remembered(self, seq: int) -> list[int]:
+        """The disk at a point, as that viewer sees it."""
+        out = bytearray(self.blocks * BLOCK)
+        blocks = np.arange(self.blocks, dtype=np.uint64)
+        self.places().read_into(memoryview(out), blocks, seq)
+        return values(out)
 
 
 def close(history: History) -> None:

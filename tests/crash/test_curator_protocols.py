@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from journal.errors import Corruption
 from journal.format import Kind
 from replay.history import History
 from tests.crash.curator_checks import ascending, check
@@ -48,11 +49,11 @@ def test_a_reader_looks_again_after_it_read_the_backing(world: World) -> None:
     turns = iter((True,))
 
     class Racing:
-        def read(self, offset: int, length: int) -> bytes:
+        def read_into(self, offset: int, buffer: memoryview) -> int:
             if next(turns, False):
                 world.write(0)
                 world.apply_all()
-            return real.read(offset, length)
+            return real.read_into(offset, buffer)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
@@ -60,6 +61,94 @@ def test_a_reader_looks_again_after_it_read_the_backing(world: World) -> None:
     reader.backing = Racing()
     assert values(reader.read(1, 0, world.blocks)) == world.model[1]
     assert next(turns, None) is None
+
+
+def test_what_is_remembered_of_a_block_in_neither_log_ends_with_the_next_publish(
+    world: World,
+) -> None:
+    """! The backing is overwritten as soon as what it held was saved."""
+    world.write(1)
+    world.apply_all()
+    for _ in range(2):
+        assert world.remembered(1) == world.model[1]
+    world.write(0)
+    world.apply_all()
+    assert world.remembered(1) == world.model[1]
+
+
+def test_a_remembered_block_in_neither_log_is_looked_up_again_after_the_backing_was_read(
+    world: World,
+) -> None:
+    """! Between the question whether something was published and the read it may be."""
+    world.write(1)
+    world.apply_all()
+    assert world.remembered(1) == world.model[1]
+    history = world.places()._history
+    real = history.backing
+    turns = iter((True,))
+
+    class Racing:
+        def read_into(self, offset: int, buffer: memoryview) -> int:
+            if next(turns, False):
+                world.write(0)
+                world.apply_all()
+            return real.read_into(offset, buffer)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    history.backing = Racing()
+    assert world.remembered(1) == world.model[1]
+    assert next(turns, None) is None
+
+
+def test_remembered_places_are_looked_up_again_when_their_segment_is_gone(world: World) -> None:
+    """! The facts that are needed were copied; and no other place may be forgotten for it."""
+    for block in range(3):
+        world.write(block)
+    world.fill_segments(2)
+    for block in range(3):
+        world.write(block)
+    world.apply_all()
+    seq = 3
+    assert world.remembered(seq) == world.model[seq]
+    places = world.places()
+    while world.reclaim():
+        pass
+    assert seq in world.openable()
+    places._history.redo.close()  # type: ignore[attr-defined]  # no file is open any more
+    assert world.remembered(seq) == world.model[seq]
+    world.kill_curator()
+    for _ in range(3):
+        world.sweep()
+    places._history.undo._follower.close()  # type: ignore[attr-defined]
+    assert world.remembered(seq) == world.model[seq]
+
+
+def test_remembered_content_is_verified_every_time(world: World) -> None:
+    """A place proves nothing about what lies there now."""
+    seq = world.write(0)
+    world.sync()
+    assert world.remembered(seq) == world.model[seq]
+    name = world.running.redo.segments()[-1].name
+    data = next(each.live for path, each in world.sim.live.items() if path.endswith(name))
+    at = bytes(data).index(world.records[seq].data)
+    data[at] ^= 1
+    with pytest.raises(Corruption, match="checksum"):
+        world.remembered(seq)
+
+
+def test_what_was_remembered_before_others_wrote_is_void(world: World) -> None:
+    """! The point at which the history before is given up is what the backing holds then."""
+    seq = world.write(0)
+    world.apply_all()
+    assert world.remembered(seq) == world.model[seq]
+    world.gap([7] * world.blocks)
+    end = world.frontier.durable
+    assert world.remembered(end)[0] != 7  # the redo log's word, until somebody decides
+    world.act(lambda engine: engine.forget_history())
+    world.places()._history.refresh()
+    assert world.remembered(end) == [7] * world.blocks
 
 
 def test_a_reader_begins_again_when_a_segment_of_its_snapshot_is_gone(world: World) -> None:
