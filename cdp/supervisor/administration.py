@@ -104,7 +104,8 @@ class Administration:
         return result
 
     async def resume(self, disk: Disk, *, unchanged: bool, give_up_history: bool) -> None:
-        """Takes back a disk that was released, or whose backing was changed by somebody else.
+        """Takes back a disk that was released, or whose backing was changed by somebody else, or
+        could not be opened: it had become too small, say.
 
         :raises CdpError: nobody said what happened to it, it is in use, or cannot be opened.
         """
@@ -113,14 +114,17 @@ class Administration:
                 "say either that nobody wrote to the backing, or that the history is given up"
             )
         released = disk.config.released
-        if not released and disk.curator.state is not State.FAILED:
-            raise Conflict(f"{disk.name} is neither released nor waiting for a decision: leave it")
         with disk.exclusive("being taken back"), disk.closed_to_clients():
+            disk.backing.acquire()  # says what is wrong with it, if that is why it is not served
             if released:
-                disk.backing.acquire()
                 disk.start()
             try:
                 with trio.fail_after(ACCEPT_SECONDS_MAX):
+                    await disk.curator.wait_decided()
+                    if not released and disk.curator.state is not State.FAILED:
+                        raise Conflict(
+                            f"{disk.name} is neither released nor waiting for a decision: leave it"
+                        )
                     await self._accept(disk, unchanged=unchanged, gap=released)
             except BaseException as error:
                 why = disk.not_served()
@@ -135,7 +139,6 @@ class Administration:
 
     async def _accept(self, disk: Disk, *, unchanged: bool, gap: bool) -> None:
         """Its processes hear what the administrator knows of the time without them."""
-        await disk.curator.wait_decided()
         forgotten = unchanged
         if disk.curator.state is State.FAILED:
             # It has seen that somebody wrote, or cannot tell: the administrator can.

@@ -295,7 +295,6 @@ def test_a_foreign_write_while_the_daemon_is_stopped(
     assert read(daemon.uri("d"), 0, 1, 9) == [7, 3, 1]
 
 
-@pytest.mark.xfail(strict=False, reason="open: the size of a backing is not checked at a start")
 def test_a_backing_that_became_too_small_is_not_served(daemon: Daemon, tmp_path: Path) -> None:
     cdp = Commands(daemon.directory)
     image = tmp_path / "image"
