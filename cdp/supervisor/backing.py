@@ -50,6 +50,14 @@ def inspect(path: Path) -> BackingFacts:
         os.close(fd)
 
 
+def is_at(path: Path, fd: int) -> bool:
+    """Whether what was opened is what lies at ``path`` now.
+
+    :raises InvalidInput: nothing does.
+    """
+    return inspect(path).identity == _facts(path, fd).identity
+
+
 def _facts(path: Path, fd: int) -> BackingFacts:
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from cdp.supervisor.backing import inspect
+from cdp.supervisor.backing import inspect, is_at
 from cdp.supervisor.children import State
 from cdp.supervisor.disk import Disk
 from journal.errors import InvalidInput
@@ -80,7 +80,14 @@ def places(disk: Disk) -> Iterator[Check]:
     journal, backing = Path(disk.config.journal), Path(disk.config.backing)
     try:
         facts = inspect(backing)
-        yield check("backing", "ok", f"{backing}, {facts.size} bytes", disk.name)
+        if disk.backing.fd is None or is_at(backing, disk.backing.fd):
+            yield check("backing", "ok", f"{backing}, {facts.size} bytes", disk.name)
+        else:
+            message = (
+                f"{backing} was replaced: writes go to what had that name before; stop cdpd, put "
+                "that back, or decide with 'cdp disk resume' after the next start"
+            )
+            yield check("backing", "fail", message, disk.name)
     except InvalidInput as error:
         yield check("backing", "fail", str(error), disk.name)
     try:

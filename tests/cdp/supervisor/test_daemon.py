@@ -312,8 +312,14 @@ async def test_doctor(world: World, with_disks: WithDisks) -> None:
         levels = {each["name"]: each["level"] for each in (await control.doctor())["checks"]}
         assert {name: level for name, level in levels.items() if level == "fail"} == {}
         assert {"state-dir", "recorder", "curator", "served", "backing", "journal"} <= set(levels)
+        image = world.state_dir / "disks" / "disk0" / "backing.img"
+        image.rename(world.state_dir / "moved")
+        image.write_bytes(bytes(1 << 20))
+        (said,) = (each for each in (await control.doctor())["checks"] if each["name"] == "backing")
+        assert said["level"] == "fail"
+        assert f"{image} was replaced" in said["message"]
+        image.unlink()
         os.chmod(world.state_dir, 0o777)
-        (world.state_dir / "disks" / "disk0" / "backing.img").rename(world.state_dir / "moved")
         world.disk().behave("recorder", answers={"status": {"served": False, "poisoned": True}})
         checks = (await control.doctor())["checks"]
         found = {each["name"] for each in checks if each["level"] != "ok"}
