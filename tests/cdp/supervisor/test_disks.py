@@ -382,6 +382,15 @@ async def test_a_disk_is_released_until_its_gap_has_an_end(
         assert (await control.resume("disk0", True, False))["state"] == "served"
 
 
+def is_locked(path: Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
 async def test_what_a_supervisor_that_died_on_the_way_left_running_is_stopped(
     world: World, with_disks: WithDisks
 ) -> None:
@@ -393,8 +402,7 @@ async def test_what_a_supervisor_that_died_on_the_way_left_running_is_stopped(
         await until(lambda: [each["method"] for each in world.disk().calls()].count("stop") == 2)
         await until(lambda: not any(child.pid for child in children))
         assert (await control.disk("disk0"))["state"] == "released"
-        with open(world.state_dir / "disks" / "disk0" / "backing.img") as backing:
-            fcntl.flock(backing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        await until(lambda: not is_locked(world.state_dir / "disks" / "disk0" / "backing.img"))
         assert (await control.resume("disk0", True, False))["state"] == "served"
 
 
