@@ -396,10 +396,12 @@ async def test_what_a_supervisor_that_died_on_the_way_left_running_is_stopped(
 ) -> None:
     """It is written down as released before the gap begins, and until the gap has an end."""
     async with with_disks("disk0", clean=False) as (daemon, _):
+        children = daemon.disks["disk0"].children.values()
+        await until(lambda: all(child.is_ready for child in children))
         daemon.disks["disk0"].change(released=True)
     async with with_disks() as (daemon, control):
         children = daemon.disks["disk0"].children.values()
-        await until(lambda: [each["method"] for each in world.disk().calls()].count("stop") == 2)
+        await until(lambda: [each["method"] for each in world.disk().calls()].count("stop") == 3)
         await until(lambda: not any(child.pid for child in children))
         assert (await control.disk("disk0"))["state"] == "released"
         await until(lambda: not is_locked(world.state_dir / "disks" / "disk0" / "backing.img"))
