@@ -81,9 +81,10 @@ async def test_the_frontier_says_where_the_recorder_stands(short_tmp: Path) -> N
             generation = frontier.redo_generation
             await client.write(0, os.urandom(MIB))
             assert frontier.redo_generation > generation
+            stamp = process.recorder.last_stamp
             await client.flush()
         assert frontier.durable == 6
-        assert frontier.durable_stamp >= process.recorder.last_stamp
+        assert frontier.durable_stamp >= stamp
     async with recorder(short_tmp, config) as process:
         assert process.recorder.frontier.epoch == first + 1
         assert process.recorder.frontier.durable >= 6
