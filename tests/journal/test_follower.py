@@ -242,7 +242,7 @@ def test_an_old_listing_never_shows_what_a_recovery_made_void(
     recorder.write(2)
     content = storage.live[segment_name(Log.REDO, 1)].live
     recorder.writer.close(seal_open=False)
-    content[-4096] ^= 1  # in the payload of seq 5
+    content[recorder.writer.segment_offset - 2048] ^= 1  # in the payload of seq 5
     recorder.start()
     assert recorder.frontier.durable == 6
     assert follower.table(old).last_seq == 3
@@ -256,7 +256,7 @@ def test_a_hole_is_no_record(storage: SimStorage, recorder: Recorder) -> None:
     recorder.write(2)
     content = storage.live[segment_name(Log.REDO, 1)].live
     recorder.writer.close(seal_open=False)
-    content[-4096] ^= 1  # in the payload of seq 5
+    content[recorder.writer.segment_offset - 2048] ^= 1  # in the payload of seq 5
     recorder.start()
     follower = RedoFollower(storage, DISK, recorder.frontier)
     assert seqs(follower) == [1, 2, 3, 4, 6]

@@ -26,8 +26,16 @@ from journal.format import (
     segment_seed,
 )
 from journal.recovery import recover
-from journal.redo import WRITEBACK_BYTES, Appended, RedoStart, RedoWriter, create_segment
+from journal.redo import (
+    WRITEBACK_BYTES,
+    ZEROES_AHEAD,
+    Appended,
+    RedoStart,
+    RedoWriter,
+    create_segment,
+)
 from journal.segment import (
+    PAGE,
     SegmentLister,
     load_footer,
     load_table,
@@ -110,10 +118,34 @@ def test_append_writes_what_pack_batch_packs(storage: SimStorage) -> None:
     assert content[offset:end] == bytes(batch) + b"".join(contents)
     assert segment.chain == chain
     assert writer.segment_offset == -(-end // 512) * 512
-    # Zeroes up to the end of the page, so that the next append need not read it.
+    # Zeroes at least up to the end of the page, so that the next append need not read it.
     assert len(content) % 4096 == 0
     assert not any(content[end:])
-    assert len(content) - end < 4096
+    assert len(content) <= end + PAGE + ZEROES_AHEAD
+
+
+def test_small_appends_find_zeroes_that_are_there_already(storage: SimStorage) -> None:
+    """They change no size, so that a sync is one of data; sealing leaves none behind the footer."""
+    writer = writer_on(storage, segment_bytes=1 << 20)
+    sizes = set()
+    for block in range(12):
+        write(writer, block)
+        sizes.add(len(storage.live[segment_name(Log.REDO, 1)].live))
+    assert len(sizes) == 1
+    for block in range(24):
+        write(writer, block)
+        assert len(storage.live[segment_name(Log.REDO, 1)].live) >= writer.segment_offset
+    writer.close()
+    info = SegmentLister(storage, Log.REDO, DISK).refresh()[0]
+    assert info.trailer is not None
+    assert info.size < writer.segment_offset + PAGE + 4096
+    assert load_table(open_segment(storage, info.name), info).last_seq == 36
+
+
+def test_zeroes_do_not_pass_the_end_of_a_segment(storage: SimStorage) -> None:
+    writer = writer_on(storage, segment_bytes=32768)
+    write(writer, 1)
+    assert len(storage.live[segment_name(Log.REDO, 1)].live) == 32768
 
 
 def test_control_records(storage: SimStorage) -> None:
@@ -222,7 +254,9 @@ def test_durable_does_not_pass_a_segments_end_before_its_successor_is_there(
     one, two = "sync redo/00000001.seg.tmp", "sync redo/00000002.seg"
     assert done[-3:] == [one, two, "sync_dir redo"]
     # Seals come after; the footer is durable by a sync of its own.
-    assert storage.log[len(log) :] == ["write redo/00000001.seg.tmp", one]
+    assert storage.log[len(log) :] == [
+        "allocate redo/00000001.seg.tmp", "write redo/00000001.seg.tmp", one
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("failing", [("sync", 1), ("sync", 2), ("sync_dir", 1), ("sync", 3)])
