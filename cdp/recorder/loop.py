@@ -1,10 +1,12 @@
 """The loop: receives from all clients of the disk, has their requests executed, sends replies.
 
-One trio task. While there is work it does not await at all, but for a checkpoint each millisecond,
-so that the process's other tasks run; when nothing comes any more it polls the sockets for some
-tens of microseconds, as long as that has paid off lately, and then parks in trio until a socket,
-the sync thread or a reader thread has something. All sockets are in an epoll of its own, which trio
-waits for: a call of trio's per socket and request would cost more than the request.
+One trio task. While there is work it does not await at all, but for a checkpoint each two
+milliseconds, so that the process's other tasks run. When nothing comes any more it polls the
+sockets for some tens of microseconds, as long as that has paid off lately; then it makes the
+checkpoint that would be due soon, while nobody waits for it; then it waits for a millisecond
+without trio, and then parks in trio, until a socket, the sync thread or a reader thread has
+something. All sockets are in an epoll of its own, which trio waits for: a call of trio's per socket
+and request would cost more than the request.
 
 **Nothing of an older connection is executed after the first request of a newer one** was: clients
 resend after reconnecting, and what lay in the old socket must not overwrite it. So a new connection
@@ -25,6 +27,7 @@ import trio
 
 from cdp.nbd.transmission import PAYLOAD_POS, scan
 from cdp.nbd.wire import NBD_CMD_READ, REQUEST, RemoteProtocolError
+from journal.format import BLOCK
 
 if TYPE_CHECKING:
     from cdp.recorder.connection import Connection
@@ -32,11 +35,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BUSY_NS: Final = 1_000_000
+# The time between two checkpoints of trio's: at most, and at least.
+BUSY_NS: Final = 2_000_000
+IDLE_NS: Final = 500_000
 # Polling: how long, while it pays off, and what makes it worth another try.
 SPIN_NS_MAX: Final = 40_000
 SPIN_NS_MIN: Final = 5_000
 SPIN_SOON_NS: Final = 80_000
+DOZE_SECONDS: Final = 0.001
 # Events that one poll takes in: Python allocates room for all of them, a thousand without a bound.
 EVENTS_MAX: Final = 32
 # Shorter delays add up until they are worth a pause.
@@ -52,6 +58,7 @@ _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
 _HANGUP: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _HEADER: Final = REQUEST.size
+_STRIDE: Final = REQUEST.size + BLOCK
 _TYPE_AT: Final = 7  # the low byte of a request's type
 # What `_step` found.
 NOTHING: Final = 0
@@ -142,6 +149,10 @@ class Loop:
                     if now_ns(_BOOTTIME) < self._checkpoint_at:
                         continue
                     await trio.lowlevel.checkpoint()
+                elif now_ns(_BOOTTIME) > self._checkpoint_at - BUSY_NS + IDLE_NS:
+                    await trio.lowlevel.checkpoint()
+                elif self._doze():
+                    continue
                 else:
                     await self._park()
                 self._checkpoint_at = now_ns(_BOOTTIME) + BUSY_NS
@@ -179,6 +190,8 @@ class Loop:
         if recorder.syncer.finished:
             recorder.collect_sync()
             progress = True
+            # Who is told that it is durable often goes on at once.
+            self._spin_ns = SPIN_NS_MAX
         if recorder.readers.done:
             recorder.readers.finish_done()
             progress = True
@@ -238,6 +251,30 @@ class Loop:
             return None, []
         (connection,) = self.connections.values()
         return connection, [(connection.fd, _IN)]
+
+    def _doze(self) -> bool:
+        """Wait for a millisecond without trio, which takes as long to wake us as a request takes.
+
+        So a client that waits for a sync, or comes a little later than we poll, is not kept waiting
+        for that. Whether something came.
+        """
+        if not self.connections or self.stopping:
+            return False
+        self._parked = True
+        try:
+            began = now_ns(_BOOTTIME)
+            timeout = self._timeout(began)
+            if self._attention or (timeout is not None and timeout < DOZE_SECONDS):
+                return False
+            events = self._epoll.poll(DOZE_SECONDS, EVENTS_MAX)
+        finally:
+            self._parked = False
+        if not events:
+            return False
+        if now_ns(_BOOTTIME) - began < SPIN_SOON_NS:
+            self._spin_ns = SPIN_NS_MAX
+        self._take(events)
+        return True
 
     async def _park(self) -> None:
         self._parked = True
@@ -330,7 +367,9 @@ class Loop:
                 return NOTHING
             self._close(connection)
             return SOMETHING
-        if connection.polled == self.recorder.writer.last_seq or not connection.hung_up():
+        last_seq = self.recorder.writer.last_seq
+        if connection.polled == last_seq or not connection.hung_up():
+            connection.polled = last_seq
             if connection.view[connection.start + _TYPE_AT] == NBD_CMD_READ:
                 executed = self.recorder.reads.execute_plain(connection)
             else:
@@ -339,7 +378,7 @@ class Loop:
                 connection.start = connection.end = 0
                 return AND_MORE if executed > 1 else SOMETHING
         self._process(connection)
-        return AND_MORE
+        return AND_MORE if count > _STRIDE or connection.end else SOMETHING
 
     def _process(self, connection: Connection) -> None:
         """Execute the complete requests in the buffer."""
