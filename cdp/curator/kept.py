@@ -91,6 +91,8 @@ class Kept:
             if rollback.end is not None and info.first_seq > rollback.end:
                 break
             table = self._redo.table(info)
+            if rollback.end is not None:  # behind it are others' refs, also of aborted ones
+                table = table.upto(rollback.end)
             rows = table.rows[max(0, rollback.begin - table.first_seq) :]
             found |= set(np.unique(rows["arg"][rows["kind"] == Kind.REF]).tolist())
         return frozenset(found)

@@ -546,3 +546,27 @@ def test_r9_a_block_is_known_to_be_zero_only_after_a_sync(world: World) -> None:
         pass
     world.lose_power("journal")
     check(world)
+
+
+def test_r6_sources_of_an_aborted_rollback_are_not_openable_for_one_before_it(
+    world: World,
+) -> None:
+    """! Nothing was saved for them since: a curator that starts anew must not offer them again."""
+    for block in range(3):
+        world.write(block)
+    world.apply_all()
+    world.rollback(2)
+    aborted = world.write(3)
+    world.control(Kind.ROLLBACK_BEGIN, {"to_seq": aborted})
+    world.refs([(0, aborted)])
+    world.control(Kind.ROLLBACK_ABORT, {})
+    world.sync()
+    world.apply_all()
+    world.move_window(world.frontier.durable)
+    assert aborted not in world.openable()
+    world.write(3)
+    world.apply_all()
+    world.kill_curator()
+    assert 2 in world.openable()
+    assert aborted not in world.openable()
+    check(world)
