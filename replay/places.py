@@ -147,19 +147,22 @@ class Places:
         """
         within = (blocks & _WITHIN).astype(np.int64)
         chunks = (blocks >> _CHUNK).tolist()
-        slot_of = {chunk: self._slot((seq, chunk), chunks) for chunk in dict.fromkeys(chunks)}
+        wanted = dict.fromkeys(chunks)
+        # With more, one that is filled could take the place of one that was found just before.
+        fill = len(wanted) <= len(self._stamps) // 2
+        slot_of = {chunk: self._slot((seq, chunk), chunks, fill) for chunk in wanted}
         slots = list(slot_of.values())
         if len(slots) == 1:
             return within + (slots[0] << CHUNK_SHIFT), slots
         base = np.array([slot_of[chunk] for chunk in chunks], np.int64)
         return within + (base << CHUNK_SHIFT), slots
 
-    def _slot(self, key: Key, chunks: list[int]) -> int:
+    def _slot(self, key: Key, chunks: list[int], fill: bool) -> int:
         """The chunk's place in the columns; -1 while it is not worth one."""
         slot = self._slots.get(key, -1)
         if slot >= 0:
             self._slots.move_to_end(key)
-        elif self._count(key, chunks.count(key[1]), self._fill_after):
+        elif fill and self._count(key, chunks.count(key[1]), self._fill_after):
             slot = self._fill(key, -1)
         return slot
 
@@ -188,6 +191,7 @@ class Places:
         first = chunk << CHUNK_SHIFT
         blocks = np.arange(first, first + CHUNK_BLOCKS, dtype=np.uint64)
         try:
+            self._history.current()  # of an old one "in neither log" would be worth nothing
             snapshot, locs, redo = self._history.places(blocks, seq)
             columns = self._columns(snapshot, blocks, locs, redo)
         except (Vanished, RunDamaged, Corruption):
