@@ -3,8 +3,9 @@ needs.
 
 For each group of records: save rule; sync the undo log, always; publish; overwrite with the group's
 newest values. After one or several groups: sync the backing, then `applied` moves, in the catalog
-and in one store in the frontier. A crash anywhere, or an error of the backing, repeats the groups;
-the save rule then finds its own images.
+and in one store in the frontier. The sync may go on beside the next groups: what it is good for is
+what was overwritten before it began. A crash anywhere, or an error of the backing, repeats the
+groups; the save rule then finds its own images.
 
 A group is bounded in blocks. A record larger than that is a group alone, done in slices, each with
 all the steps; `applied` moves after the last. Of a rollback, too, only the end is shown as applied:
@@ -14,6 +15,7 @@ verified before anything is written from what it covers; at a damaged record app
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 
@@ -28,7 +30,7 @@ from replay.plan import TRIM, Changes, group_end, large_zeroes, plan_changes, st
 from replay.ranges import zero_range
 from replay.refs import decide
 from replay.release import zero_blocks
-from replay.work import BUFFER_BLOCKS, Work, bitmap, members
+from replay.work import BUFFER_BLOCKS, Flight, Work, bitmap, members
 
 GROUP_BLOCKS = 32768
 GROUP_ROWS = 1 << 18
@@ -81,6 +83,7 @@ class Applier:
         self._barred: Corruption | None = None  # a damaged record: apply up to it
         self._inside = False  # a rollback, at ``done``
         self._gaps_passed = False
+        self._flight: tuple[int, Flight] | None = None  # a sync, and what was whole when it began
 
     @property
     def unfinished(self) -> bool:
@@ -144,22 +147,45 @@ class Applier:
         if not self._inside:
             self._whole = self.done
 
+    def begin(self) -> bool:
+        """Begin a sync of the backing, unless there is nothing to sync or one is under way; whether
+        one was begun. Groups may be overwritten meanwhile: they belong to the next one.
+
+        :raises OSError: see `look`.
+        """
+        if self._flight is not None or not self.unfinished:
+            return False
+        self._flight = self._whole, self._work.launch(self._work.backing.sync)
+        self.unsynced_bytes = 0
+        self.look()
+        return True
+
+    def look(self, *, wait: bool = False) -> None:
+        """Take in a sync that has ended: `applied` moves to the end of the last group, in no
+        rollback, that was overwritten *before it began*.
+
+        :raises OSError: the sync failed; everything above `applied` will be written again.
+        """
+        if self._flight is None or not (wait or self._flight[1].done()):
+            return
+        (whole, flight), self._flight = self._flight, None
+        try:
+            self._work.take_in(flight)
+        except OSError:
+            self.done = self._whole = self.applied
+            self._inside = False
+            self.unsynced_bytes = 0
+            raise
+        self._show(whole)
+
     def finish(self) -> None:
         """Sync the backing; `applied` moves to the end of the last group that is in no rollback.
 
         :raises OSError: the sync failed; everything above `applied` will be written again.
         """
-        if not self.unfinished:
-            return
-        try:
-            self._work.sync_backing()
-        except OSError:
-            self.done = self._whole = self.applied
-            self._inside = False
-            raise
-        finally:
-            self.unsynced_bytes = 0
-        self._show(self._whole)
+        self.look(wait=True)
+        self.begin()
+        self.look(wait=True)
 
     def _show(self, applied: int) -> None:
         self._work.catalog.commit(("applied", applied), *self._work.take_ends())
@@ -171,6 +197,8 @@ class Applier:
 
         The catalog says so already.
         """
+        with contextlib.suppress(OSError):
+            self.look(wait=True)
         if upto > self.applied:
             self._show(upto)
         self.done = self._whole = max(self.done, upto)

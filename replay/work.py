@@ -10,6 +10,8 @@ from __future__ import annotations
 import array
 import dataclasses
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Protocol
 
 import numpy as np
 from pyroaring import BitMap
@@ -31,6 +33,30 @@ BUFFER_BYTES = 4 << 20  # of content at once: it stays in the processor's cache
 BUFFER_BLOCKS = BUFFER_BYTES // BLOCK
 _FEW_TRIMS = 64
 SPARE_BYTES = 64 << 10  # for headers, and what others need meanwhile
+
+
+class Flight(Protocol):
+    """A sync that was begun."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        ...
+
+    def result(self) -> None:
+        """Wait for its end; raises what it raised."""
+        ...
+
+
+def at_once(sync: Callable[[], None]) -> Flight:
+    """Begin and end a sync; the curator's process begins it in a thread instead."""
+    flight: Future[None] = Future()
+    try:
+        sync()
+    except OSError as error:
+        flight.set_exception(error)
+    else:
+        flight.set_result(None)
+    return flight
 
 
 def bitmap(blocks: np.ndarray) -> BitMap:
@@ -145,7 +171,8 @@ class Work:
     """One disk as its curator holds it.
 
     ``available``: bytes that the journal's file system has left, as far as that is known.
-    ``buffer``: for content, of whoever works at the moment.
+    ``buffer``: for content, of whoever works at the moment. ``launch``: begins a sync of the
+    backing.
     """
 
     storage: Storage
@@ -160,6 +187,7 @@ class Work:
     buffer: memoryview = dataclasses.field(
         default_factory=lambda: memoryview(bytearray(BUFFER_BYTES))
     )
+    launch: Callable[[Callable[[], None]], Flight] = at_once
 
     def publish(self) -> None:
         """Make the appended before-images durable and visible.
@@ -179,8 +207,12 @@ class Work:
 
     def sync_backing(self) -> None:
         """Sync the backing. If that fails, what it holds is not known."""
+        self.take_in(self.launch(self.backing.sync))
+
+    def take_in(self, flight: Flight) -> None:
+        """Wait for the end of a sync of the backing. If it failed, what that holds is not known."""
         try:
-            self.backing.sync()
+            flight.result()
         except OSError:
             self.blocks.distrust(self.backing.size())
             raise

@@ -41,7 +41,7 @@ from replay import fingerprint, reclaim, release, sweep
 from replay.apply import Applier
 from replay.history import ATTEMPTS, History, Told, UndoLog
 from replay.retention import Usage
-from replay.work import Blocks, Work
+from replay.work import Blocks, Flight, Work, at_once
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ APPLY_RECORDS = 16384  # a backlog that is worth a group at once
 APPLY_AGE_NS = SECOND_NS // 2  # a smaller one waits so long: later groups coalesce more
 SYNC_AGE_NS = SECOND_NS
 SYNC_BYTES = 256 << 20
+SYNC_AHEAD_BYTES = 2 * SYNC_BYTES  # written beside a sync; then it is waited for
 FULL_RETRY_NS = SECOND_NS // 10  # in which the recorder has seen that it is held
 RETRY_NS = SECOND_NS  # after something that could not be done
 SAID_NS: Final = 60 * SECOND_NS  # what comes and goes is logged once in so long a time
@@ -116,6 +117,7 @@ class Engine:
         other_bytes: Callable[[], int],
         identity: Callable[[], dict[str, int]],
         space: Space,
+        launch: Callable[[Callable[[], None]], Flight] = at_once,
         viewer_gone: Callable[[], bool] = lambda: False,
     ) -> None:
         self.policy, self.space = policy, space
@@ -132,7 +134,7 @@ class Engine:
         self.work = Work(
             storage=storage, history=self.history, undo=undo, backing=backing, catalog=catalog,
             frontier=frontier, blocks=Blocks(), openable=self.kept.openable,
-            available=space.available,
+            available=space.available, launch=launch,
         )  # fmt: skip
         self._other_bytes = other_bytes
         self.identity = identity
@@ -283,6 +285,7 @@ class Engine:
     # ------------------------------------------------------------------------------------ apply
     def _apply(self, now: int, urgent: bool) -> bool:
         applier = self.applier
+        applier.look()
         appended, durable = self.frontier.redo_bytes, self.frontier.durable
         waiting, limit = durable - applier.done, self._group_blocks()
         pressed = self._keeper.pressed  # only what is applied, and synced, can be given up
@@ -294,18 +297,28 @@ class Engine:
                 self._appended_before = appended
             if self.frontier.durable - applier.done < APPLY_RECORDS:
                 self._last_apply = now
-            sync_due = now - self._last_sync >= SYNC_AGE_NS or pressed
-            if applier.unsynced_bytes >= SYNC_BYTES or sync_due:
-                self._finish(now)
+            if pressed:
+                applier.finish()
+            elif applier.unsynced_bytes >= SYNC_BYTES or now - self._last_sync >= SYNC_AGE_NS:
+                self._begin_sync(now)
             return True
-        if applier.unfinished and (urgent or now - self._last_sync >= SYNC_AGE_NS):
-            self._finish(now)
+        if not applier.unfinished:
+            return False
+        if urgent:
+            applier.finish()
             return True
-        return False
+        return now - self._last_sync >= SYNC_AGE_NS and self._begin_sync(now)
 
-    def _finish(self, now: int) -> None:
-        self.applier.finish()
-        self._last_sync = now
+    def _begin_sync(self, now: int) -> bool:
+        """Whether a sync of the backing was begun. The next one begins when it has ended, so the
+        slower the device, the more each is good for; up to a bound, for writers wait for `applied`.
+        """
+        if self.applier.unsynced_bytes >= SYNC_AHEAD_BYTES:
+            self.applier.look(wait=True)
+        begun = self.applier.begin()
+        if begun:
+            self._last_sync = now
+        return begun
 
     # ------------------------------------------------------------------------------------ index
     def is_closed(self, info: SegmentInfo) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 import trio
@@ -23,6 +24,7 @@ from journal import reserve
 from journal.errors import Busy, Conflict, InvalidInput, JournalFull
 from journal.frontier import Frontier
 from replay import scrub
+from replay.work import Flight
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,11 @@ HELD_SECONDS: Final = 0.05  # in which a recorder notices that it is held
 SPACE_SECONDS: Final = 1.0  # between looks for space while nothing else can be done
 DRAIN_SECONDS: Final = 5.0  # that a drain waits for space, which may be made just now
 T = TypeVar("T")
+
+
+def beside() -> Callable[[Callable[[], None]], Flight]:
+    """Begins syncs in a thread of their own, one after the other."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="sync").submit
 
 
 class Service:
@@ -93,7 +100,7 @@ class Service:
             if self.stopping.is_set():
                 return
         opened = await self._with_space(
-            frontier, lambda: open_engine(self._child, frontier, catalog)
+            frontier, lambda: open_engine(self._child, frontier, catalog, launch=beside())
         )
         if opened is None:
             return

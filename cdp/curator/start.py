@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,7 @@ from journal.undo_follower import UndoFollower
 from journal.undo_recovery import recover_undo
 from replay import fingerprint
 from replay.history import UndoLog
+from replay.work import Flight, at_once
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +81,13 @@ def check_backing(child: Child, catalog: Catalog) -> None:
 
 
 def open_engine(
-    child: Child, frontier: Frontier, catalog: Catalog | None = None
-) -> tuple[Engine, Points]:
-    """Everything but the loop; blocks while the undo log is recovered and tables are read."""
+    child: Child, frontier: Frontier, catalog: Catalog | None = None,
+    *, launch: Callable[[Callable[[], None]], Flight] = at_once,
+) -> tuple[Engine, Points]:  # fmt: skip
+    """Everything but the loop; blocks while the undo log is recovered and tables are read.
+
+    ``launch``: begins a sync of the backing.
+    """
     config, storage = child.config, child.storage()
     catalog = catalog or open_catalog(child)
     redo, points_redo, controls_redo = (
@@ -112,7 +118,7 @@ def open_engine(
         ),
         other_bytes=lambda: other_bytes(Path(config.journal)),
         identity=lambda: identity_of(child.backing_fd),
-        viewer_gone=lambda: is_free(child.directory, "viewer"),
+        launch=launch, viewer_gone=lambda: is_free(child.directory, "viewer"),
         space=Space(
             storage, lambda: available_bytes(Path(config.journal)),
             segment_bytes=config.segment_bytes,

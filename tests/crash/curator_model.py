@@ -38,10 +38,12 @@ from journal.segment import SegmentLister
 from replay.history import History
 from replay.places import Places
 from replay.rollback import plan as plan_rollback
+from replay.work import at_once
 from tests.crash.curator_storage import (
     BACKING,
     DISK,
     Backing,
+    Later,
     Record,
     Routed,
     content,
@@ -195,7 +197,8 @@ class World:
         assert catalog.damage == ()
         if not catalog.sizes():
             catalog.commit((("sizes", "0"), self.size))
-        self.engine, self.points = open_engine(self.child, self.frontier, catalog)
+        launch = at_once if self.seed % 2 else Later
+        self.engine, self.points = open_engine(self.child, self.frontier, catalog, launch=launch)
         self.acting = ""
 
     def stop_curator(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from journal.format import BLOCK, Kind, Log
 from journal.segment import SegmentLister, load_table, open_segment, read_blocks, read_body
 from journal.storage import Buffer, File, Mode, RealStorage, Storage
+from replay.work import at_once
 from tests.crash.sim_storage import Inode, SimStorage
 
 DISK = b"curator crashes."
@@ -122,3 +123,17 @@ def read_log(storage: Storage, durable: int) -> dict[int, Record]:
             )
         file.close()
     return dict(sorted(found.items()))
+
+
+class Later:
+    """A sync that ends at once, which nobody is told before it was asked for some times."""
+
+    def __init__(self, sync: Callable[[], None]) -> None:
+        self._flight, self.asked = at_once(sync), 0
+
+    def done(self) -> bool:
+        self.asked += 1
+        return self.asked > 2
+
+    def result(self) -> None:
+        self._flight.result()

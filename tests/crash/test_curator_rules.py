@@ -6,6 +6,8 @@ what it says of the undo log. `check` compares everything a reader may see with 
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from journal.errors import Conflict
 from journal.format import Kind
 from tests.crash.curator_checks import ascending, check, check_backing
 from tests.crash.curator_model import World
-from tests.crash.curator_storage import BACKING, DISK, values
+from tests.crash.curator_storage import BACKING, DISK, Later, values
 
 pytestmark = [pytest.mark.crash, pytest.mark.expect_log("were acknowledged", required=False)]
 
@@ -118,6 +120,71 @@ def test_r3_applied_moves_only_after_a_sync_of_the_backing(world: World) -> None
     world.lose_power("journal")  # nothing of the backing survives
     check(world)
     assert values(bytes(world.sim.live[BACKING].live))[0] == 1000
+
+
+def test_r3_a_sync_is_good_for_what_was_overwritten_before_it_began(world: World) -> None:
+    """! What was written beside it may be lost."""
+    world.running.work.launch = Later
+    world.write(0)
+    world.sync()
+    world.apply()
+    assert world.running.applier.begin()
+    world.write(1)
+    world.sync()
+    world.apply()
+    assert not world.running.applier.begin()  # one at a time
+    assert world.frontier.applied == 0
+    world.running.applier.look(wait=True)
+    assert world.frontier.applied == world.running.catalog.applied == 1
+    world.lose_power("journal")  # nothing of the backing survives that was not synced
+    check(world)
+    check_backing(world)
+
+
+def test_r3_after_a_failed_sync_what_was_written_beside_it_is_written_again(world: World) -> None:
+    """! Its pages may be those that failed."""
+    world.write(0)
+    world.sync()
+    world.apply()
+
+    def failing(_sync: Callable[[], None]) -> Later:
+        def fail() -> None:
+            raise OSError(errno.EIO, "sync")
+
+        return Later(fail)
+
+    world.running.work.launch = failing
+    world.running.applier.begin()
+    world.running.work.launch = Later
+    world.write(1)
+    world.sync()
+    world.apply()
+    with pytest.raises(OSError, match="sync"):
+        world.running.applier.look(wait=True)
+    assert world.running.applier.done == world.frontier.applied == 0
+    world.lose_power("journal")
+    check(world)
+    check_backing(world)
+
+
+def test_r4_reclaim_waits_for_a_sync_under_way(world: World) -> None:
+    """! Nothing that was begun may be unfinished."""
+    world.running.work.launch = Later
+    for block in range(3):
+        world.write(block)
+    world.fill_segments(2)
+    world.sync()
+    while world.apply():
+        pass
+    world.running.applier.begin()
+    assert world.frontier.applied == 0
+    world.write(0)
+    world.sync()
+    world.apply()
+    log = world.log_of(world.reclaim)
+    ascending(log, "sync backing", "unlink redo/")
+    assert world.running.applier.settled
+    check(world)
 
 
 def test_r3_applied_never_lies_inside_a_rollback(world: World) -> None:
