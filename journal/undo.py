@@ -68,6 +68,7 @@ from journal.segment import (
 from journal.storage import Buffer, File, Storage
 
 _UNDO: Final = DIRECTORY[Log.UNDO]
+_WRITEBACK_BYTES: Final = 1 << 20
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -129,6 +130,8 @@ class UndoSegment:
         # cache has dropped.
         padding = bytes(-(self.offset + len(head) + payload_bytes) % PAGE)
         self.file.write(self.offset, [head, *payloads, padding])
+        if size >= _WRITEBACK_BYTES:
+            self.file.writeback(self.offset, size)  # then the next sync finds little to do
         middle = BATCH_HEADER.size + count * ENTRY.size
         self.builder.add_parts(
             self.offset, self.next_number, 0, 0, chain, count, head[BATCH_HEADER.size : middle],
