@@ -3,7 +3,9 @@
     python bench/curator.py [--records 2000000] [--disk-gib 8] [--directory DIR]
 
 Prints records per second of each kind of work. The redo log is written first, as the recorder
-writes it; then the engine works through it as fast as it can.
+writes it; then the engine works through it as fast as it can. Beside it stands what the device
+gives for the same writes to the backing alone, without log, index and before-images: where that is
+below the target, so is the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import numpy as np
 from bench.report import Report, machine, parser, scratch
 from cdp.child import Child
 from cdp.config import DiskConfig
-from cdp.curator.engine import Engine
+from cdp.curator.engine import GROUP_BLOCKS, Engine
+from cdp.curator.service import beside
 from cdp.curator.start import open_engine
 from journal.bitmaps import Bitmaps
 from journal.format import BLOCK, Kind, Log, SegmentHeader, payload_sums
@@ -33,6 +36,7 @@ from replay import reclaim
 DISK = bytes(16)
 BATCH = 32
 SEGMENT_BYTES = 64 << 20
+ALONE_GROUPS = 2
 
 
 class Bench:
@@ -73,8 +77,7 @@ class Bench:
             storage, DISK, RedoStart(create_segment(storage, header), Bitmaps(), 0),
             segment_bytes=SEGMENT_BYTES, identity=lambda: os.urandom(16),
         )  # fmt: skip
-        rng = np.random.default_rng(seed)
-        blocks = rng.integers(0, self.disk_bytes // BLOCK, records).tolist()
+        blocks = self.blocks(records, seed)
         pool = os.urandom(1 << 20)
         started = time.monotonic()
         for first in range(0, records, BATCH):
@@ -94,10 +97,36 @@ class Bench:
         self.frontier.durable = writer.sync()
         return time.monotonic() - started
 
+    def blocks(self, records: int, seed: int) -> list[int]:
+        """The block of each record."""
+        rng = np.random.default_rng(seed)
+        drawn: list[int] = rng.integers(0, self.disk_bytes // BLOCK, records).tolist()
+        return drawn
+
+    def writes_alone(self, records: int, seed: int, *, full: bool) -> float:
+        """Records per second of nothing but the writes that apply must do, for the first groups:
+        sorted, 4 KiB each, a sync for each group. It is the device's and the file system's part.
+        """
+        path = self.backing if full else self.root / "alone"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(fd, self.disk_bytes)
+        piece, blocks = os.urandom(BLOCK), self.blocks(records, seed)[: ALONE_GROUPS * GROUP_BLOCKS]
+        started = time.monotonic()
+        for first in range(0, len(blocks), GROUP_BLOCKS):
+            for block in sorted(set(blocks[first : first + GROUP_BLOCKS])):
+                os.pwrite(fd, piece, block * BLOCK)
+            os.fdatasync(fd)
+        took = time.monotonic() - started
+        os.close(fd)
+        if not full:
+            path.unlink()
+        return len(blocks) / took
+
     def open(self) -> Engine:
         """The engine on it."""
         fd = os.open(self.backing, os.O_RDWR)
-        return open_engine(Child("curator", self.root, self.config, fd, 0, -1), self.frontier)[0]
+        child = Child("curator", self.root, self.config, fd, 0, -1)
+        return open_engine(child, self.frontier, launch=beside())[0]
 
 
 def apply_rate(
@@ -107,15 +136,18 @@ def apply_rate(
     bench = Bench(root, disk_bytes)
     bench.prepare_backing(full=full)
     wrote = bench.write_redo(records, seed)
+    alone = bench.writes_alone(records, seed, full=full)
     engine = bench.open()
-    started = time.monotonic()
+    started, cpu = time.monotonic(), time.process_time()
     while engine.step(time.monotonic_ns(), urgent=True) or engine.applier.applied < records:
         pass
-    took = time.monotonic() - started
+    took, cpu = time.monotonic() - started, time.process_time() - cpu
     name = "first touch of a full disk" if full else "a new sparse disk"
     report.at_least(
         f"index and apply, {name}", records / took, 80_000 if full else 200_000, " records/s",
-        detail=f"{took:.1f} s; the log was written at {records / wrote:,.0f} records/s",
+        detail=f"{took:.1f} s; {records / took / alone:.2f} x the same writes alone, "
+        f"{alone:,.0f}/s; cpu {cpu / records * 1e6:.1f} us each; the log was written at "
+        f"{records / wrote:,.0f} records/s",
     )  # fmt: skip
     return engine
 
