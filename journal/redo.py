@@ -348,8 +348,9 @@ class RedoWriter:
         with contextlib.suppress(OSError):  # it is said already what is wrong
             if segment.file.size() > end:
                 segment.file.allocate(end)
+            segment.zeroed = end
             if end > segment.offset:
-                segment.file.write(segment.offset, [_PADDING[: end - segment.offset]])
+                segment.file.write(segment.offset, [_ZEROES[: end - segment.offset]])
 
     def _failed(self, error: OSError, what: str) -> NoReturn:
         """Lack of space is the caller's to handle; everything else ends this writer's life."""

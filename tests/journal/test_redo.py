@@ -341,8 +341,8 @@ def test_what_was_refused_leaves_nothing_behind(storage: SimStorage, left: int) 
     storage.space = storage.used() + left
     before = storage.used()
     with pytest.raises(JournalFull):
-        write(writer, *range(4))
-    assert storage.used() == before
+        write(writer, *range(40))  # more than the zeroes that are there already
+    assert storage.used() <= before
     storage.space = 1 << 40
     found = recover(
         storage.kill(), DISK, durable_hint=2, applied_hint=0, stamp=30, identity=identities()
