@@ -150,6 +150,7 @@ class Engine:
         self._appended_before = 0  # the frontier's redo_bytes, when all of that was applied
         self._merging: dict[RunSet, Iterator[int]] = {}
         self.last_usage = self.usage()
+        self._keeper.care_for_space()  # before anybody is served
 
     def _start_applied(self) -> int:
         """PROTOCOLS: the highest that anybody knows; shown before any work."""

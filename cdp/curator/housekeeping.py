@@ -67,7 +67,7 @@ class Housekeeping:
             return False
         if now - self._last_care >= INTERVAL_NS:
             self._last_care = now
-            self._care_for_space()
+            self.care_for_space()
         self._last = now
         self._expire_pins(now)
         self._follow_window(now)
@@ -167,7 +167,7 @@ class Housekeeping:
         """What could not be given up for lack of space is tried again."""
         self._stuck = {name: how for name, how in self._stuck.items() if not how[1]}
 
-    def _care_for_space(self) -> None:
+    def care_for_space(self) -> None:
         """Have a reserve; notice that somebody has made space."""
         engine = self._engine
         if not engine.full:

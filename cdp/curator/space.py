@@ -28,6 +28,8 @@ PLENTY_PART: Final = 2
 PLENTY_SEGMENTS: Final = 10
 # So many are left to the curator, who needs space to make some.
 MARGIN_SEGMENTS: Final = 2
+# With less than so many left the file system may be full before the next look.
+NEAR_SEGMENTS: Final = 64
 
 
 def available_bytes(directory: Path) -> int:
@@ -77,11 +79,15 @@ class Space:
         """Have one, if there is space for it and for some writes more.
 
         ``largest``: bytes of the largest segment that may have to be given up. Whatever is still
-        needed of that fits, and new copies of the catalog.
+        needed of that fits, and new copies of the catalog. Where there is little left it is made
+        for a full one at once: there may be no other time.
         """
+        left = self.available()
+        if left < NEAR_SEGMENTS * self._segment_bytes:
+            largest = max(largest, self._segment_bytes)
         wanted = -(-largest // RESERVE_STEP) * RESERVE_STEP * 5 // 4 + RESERVE_STEP
         size = self._reserved = max(self._reserved, min(configured // RESERVE_PART, wanted))
-        if self.available() >= size + 2 * self._segment_bytes:
+        if left >= size + 2 * self._segment_bytes:
             reserve.make(self._storage, size)
 
     def release_reserve(self) -> bool:
