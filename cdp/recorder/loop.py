@@ -2,9 +2,9 @@
 
 One trio task. While there is work it does not await at all, but for a checkpoint each two
 milliseconds, so that the process's other tasks run. When nothing comes any more it polls the
-sockets for some tens of microseconds, as long as that has paid off lately; then it makes the
-checkpoint that would be due soon, while nobody waits for it; then it waits for a millisecond
-without trio, and then parks in trio, until a socket, the sync thread or a reader thread has
+sockets for some tens of microseconds, as long as that has paid off lately; then, if a client waits
+for a sync, it makes the checkpoint that would be due soon, and waits for a millisecond without
+trio; and then it parks in trio, until a socket, the sync thread or a reader thread has
 something. All sockets are in an epoll of its own, which trio waits for: a call of trio's per socket
 and request would cost more than the request.
 
@@ -149,7 +149,7 @@ class Loop:
                     if now_ns(_BOOTTIME) < self._checkpoint_at:
                         continue
                     await trio.lowlevel.checkpoint()
-                elif now_ns(_BOOTTIME) > self._checkpoint_at - BUSY_NS + IDLE_NS:
+                elif self._may_yield():
                     await trio.lowlevel.checkpoint()
                 elif self._doze():
                     continue
@@ -252,13 +252,18 @@ class Loop:
         (connection,) = self.connections.values()
         return connection, [(connection.fd, _IN)]
 
-    def _doze(self) -> bool:
-        """Wait for a millisecond without trio, which takes as long to wake us as a request takes.
+    def _may_yield(self) -> bool:
+        """While a client waits for a sync: whether the checkpoint after that is better made now."""
+        if not self.recorder.waits:
+            return False
+        return now_ns(_BOOTTIME) > self._checkpoint_at - BUSY_NS + IDLE_NS
 
-        So a client that waits for a sync, or comes a little later than we poll, is not kept waiting
-        for that. Whether something came.
+    def _doze(self) -> bool:
+        """While a client waits for a sync: wait for a millisecond without trio.
+
+        Trio takes as long to wake us as a request takes. Whether something came.
         """
-        if not self.connections or self.stopping:
+        if not self.recorder.waits or self.stopping:
             return False
         self._parked = True
         try:
