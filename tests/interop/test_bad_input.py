@@ -83,7 +83,7 @@ def _nothing_is_lost(shared: Daemon, cdp: Commands) -> Iterator[None]:
         (["new", "--size", "1M", "--block-size", "77"], "512, 1024, 2048 or 4096 bytes, not 77"),
         (["new", "--size", "17T"], r"at most 17592186044416 bytes \(16 TiB\)"),
         (["new", "--size", "1M", "--segment-bytes", "7"], "must be between 1 MiB and "),
-        (["new", "--size", "1M", "--journal-limit", "1K"], "must be between 256 MiB and "),
+        (["new", "--size", "1M", "--journal-limit", "1K"], "must be between 4 MiB and "),
         (["new", "--size", "1M", "--overflow", "hide"], "overflow is one of shrink, "),
         (["new", "--size", "1M", "--overflow", "gap"], "gap.*not there yet"),
     ],

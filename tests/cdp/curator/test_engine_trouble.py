@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cdp.curator import engine as engine_module
+from journal import reserve
 from journal.catalog import CatalogFailed
 from journal.errors import Corruption
 from journal.format import HEADER_PAGE, Kind
@@ -176,6 +177,7 @@ def test_without_space_history_is_given_up_step_by_step(world: World) -> None:
 @pytest.mark.expect_log("is held", required=False)
 def test_without_space_and_nothing_to_give_up_it_waits(world: World) -> None:
     world.running.policy.overflow = "throttle"
+    reserve.release(world.routed)
     world.write(0)
     world.sync()
     world.sim.space = world.sim.used()
