@@ -12,6 +12,7 @@ is not held but raised: the process ends, and the next one recovers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -150,7 +151,8 @@ class Engine:
         self._appended_before = 0  # the frontier's redo_bytes, when all of that was applied
         self._merging: dict[RunSet, Iterator[int]] = {}
         self.last_usage = self.usage()
-        self._keeper.care_for_space()  # before anybody is served
+        with contextlib.suppress(OSError):  # housekeeping tries again, and says what is wrong
+            self._keeper.care_for_space()  # before anybody is served
 
     def _start_applied(self) -> int:
         """PROTOCOLS: the highest that anybody knows; shown before any work."""

@@ -174,6 +174,21 @@ def test_without_space_history_is_given_up_step_by_step(world: World) -> None:
     check_backing(world)
 
 
+def test_a_reserve_that_cannot_be_made_does_not_keep_a_curator_from_coming_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bool:
+        raise OSError(errno.EIO, "no reserve")
+
+    world.stop_curator()
+    with monkeypatch.context() as patch:
+        patch.setattr(reserve, "make", broken)
+        world.start_curator()
+    world.write(0)
+    rest(world)
+    check(world)
+
+
 @pytest.mark.expect_log("is held", required=False)
 def test_without_space_and_nothing_to_give_up_it_waits(world: World) -> None:
     world.running.policy.overflow = "throttle"
