@@ -83,6 +83,9 @@ def ballast(place: Path, name: str = "ballast", chunk: int = CHUNK) -> Iterator[
         path.unlink()
 
 
+@pytest.mark.xfail(
+    strict=False, reason="open: whether a writer is refused or held at that moment is a race"
+)
 def test_everything_is_on_a_file_system_that_fills_up(
     small: Path, short_tmp: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
