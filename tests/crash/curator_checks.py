@@ -122,7 +122,12 @@ def check_backing(world: World) -> None:
 
 
 def check_emptied(world: World) -> None:
-    """With the window at the end and nothing kept both logs shrink to nothing."""
+    """With the window at the end and nothing kept both logs shrink to nothing.
+
+    Sources of refs are openable for as long as these are in the redo log, so the last of them must
+    not lie in the segment being written.
+    """
+    world.fill_segments()
     for label in list(world.running.catalog.bookmarks()):
         world.running_points.unbookmark(label)
     for pin in list(world.running.catalog.pins()):
