@@ -2,19 +2,24 @@
 
 * A WARNING or worse in the log that the test did not announce fails it: in a program for data
   protection a warning nobody reads is how data gets lost.
-* Randomness is seeded, and the seed of a failed test is printed: CDP_TEST_SEED=N replays it.
+* Randomness is seeded, and the seed of a failed test is printed: CDP_TEST_SEED=N replays it. Each
+  state of the tree has seeds of its own, the same everywhere: what passed here passes there, and
+  what is committed next tries others. CDP_TEST_SEED=random takes new ones each time.
 * A missing tool skips a test on a developer's machine and fails it under CI=true.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
 import re
 import secrets
 import shutil
+import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -31,7 +36,7 @@ IN_CI = os.environ.get("CI") == "true"
 # Deadlines measure the machine, not the code. A found failure prints the blob that replays it.
 _COMMON = hypothesis.settings(deadline=None, print_blob=True)
 hypothesis.settings.register_profile("default", _COMMON, max_examples=50)
-hypothesis.settings.register_profile("ci", _COMMON, max_examples=100)
+hypothesis.settings.register_profile("ci", _COMMON, max_examples=100, derandomize=True)
 hypothesis.settings.register_profile("fuzz", _COMMON, max_examples=20_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if IN_CI else "default"))
 
@@ -40,11 +45,25 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if IN
 _SEED = pytest.StashKey[int]()
 
 
+@functools.cache
+def _tree() -> str:
+    """The name of the committed state; not the commit's own, which changes when it is moved."""
+    command = ["git", "-c", "safe.directory=*", "rev-parse", "HEAD^{tree}"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # not a checkout: always the same seeds
+    return done.stdout.decode().strip()
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A seed for this test: CDP_TEST_SEED if set, else a new one, printed when the test fails."""
-    given = os.environ.get("CDP_TEST_SEED")
-    value = int(given) if given else secrets.randbits(32)
+    """A seed for this test, printed when the test fails (see the module)."""
+    given = os.environ.get("CDP_TEST_SEED") or ""
+    if given == "random":
+        value = secrets.randbits(32)
+    else:
+        value = int(given) if given else zlib.crc32(f"{_tree()} {request.node.nodeid}".encode())
     request.node.stash[_SEED] = value
     return value
 
