@@ -28,6 +28,13 @@ SHARED_MEMORY: Final = Path("/dev/shm")
 WAIT_SECONDS: Final = 0.02
 
 
+def available_bytes(directory: Path) -> int:
+    """What the file system has left for us. (A quota may allow less.)"""
+    numbers = os.statvfs(directory)
+    blocks = numbers.f_bfree if os.geteuid() == 0 else numbers.f_bavail
+    return blocks * numbers.f_frsize
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Child:
     """A process of one disk. ``stamp()``: the host's clock (ns)."""
@@ -56,6 +63,10 @@ class Child:
     def storage(self) -> RealStorage:
         """The journal directory."""
         return RealStorage(Path(self.config.journal))
+
+    def available_bytes(self) -> int:
+        """What the journal's file system has left for us."""
+        return available_bytes(Path(self.config.journal))
 
     def backing(self) -> RealFile:
         """The backing; its descriptor is the one handed down."""

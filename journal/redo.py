@@ -4,7 +4,8 @@ A batch is appended with one gathered write, zeroes up to the end of its page be
 position left at the batch's own end: an unaligned append would else have to read a page that the
 cache has dropped. Behind small batches the zeroes reach further now and then, so that those that
 follow change no size and allocate nothing: an append then takes half the time, and an fdatasync
-need not commit anything to the file system's log. A segment that is full is left as it is and a new
+need not commit anything to the file system's log. Where there was time for it a segment is all
+zeroes from the start (`spares`). A segment that is full is left as it is and a new
 one begun (`append`); the sync thread makes it durable, adds its footer, and syncs that (`sync`).
 
 Threads. `append` and everything else run in one thread, the loop's; `sync` and `writeback_hint` in
@@ -63,6 +64,7 @@ from journal.segment import (
     segment_name,
     table_of_heads,
 )
+from journal.spares import Spares
 from journal.storage import Buffer, File, Storage
 
 WRITEBACK_BYTES: Final = 8 << 20
@@ -142,8 +144,22 @@ def create_segment(storage: Storage, header: SegmentHeader, *, name: str = "") -
         file.close()
         storage.unlink(name)
         raise
-    _, chain = unpack_segment_header(page, file=name)
-    return OpenSegment(header, file, chain)
+    return OpenSegment(header, file, unpack_segment_header(page, file=name)[1])
+
+
+def use_spare(storage: Storage, header: SegmentHeader, spare: File, *, name: str) -> OpenSegment:
+    """The same of a file of zeroes that has the name ``name`` now; it is closed on an error."""
+    segment = segment_name(Log.REDO, header.segment)
+    page = pack_segment_header(header)
+    try:
+        spare.write(0, [page])
+        storage.rename(name, segment)
+        zeroed = spare.size()
+    except OSError:
+        spare.close()
+        raise
+    chain = unpack_segment_header(page, file=segment)[1]
+    return OpenSegment(header, spare, chain, zeroed=zeroed)
 
 
 def seal(segment: OpenSegment, bitmaps: Bitmaps) -> int:
@@ -192,6 +208,7 @@ class RedoWriter:
         identity: Callable[[], bytes],
         on_segment: Callable[[int], None] | None = None,
         on_durable: Callable[[int], None] | None = None,
+        spares: Spares | None = None,
     ) -> None:
         assert len(disk) == 16
         assert segment_bytes % PAGE == 0
@@ -199,6 +216,7 @@ class RedoWriter:
         self._storage, self._disk, self._identity = storage, disk, identity
         self._segment_bytes = segment_bytes
         self._on_segment, self._on_durable = on_segment, on_durable
+        self.spares = Spares(storage, segment_bytes, 0) if spares is None else spares
         self._bitmaps = start.bitmaps  # the sync thread's, at the front of _unsealed
         self._open = start.segment
         self._unsealed = [start.segment]
@@ -276,10 +294,8 @@ class RedoWriter:
             zeroes = max(zeroes, min(zeroes + ZEROES_AHEAD, self._segment_bytes - end))
             segment.zeroed = end + zeroes
         try:
-            segment.file.write(offset, [head, *payloads, _ZEROES[:zeroes]])
+            self._write(segment, offset, [head, *payloads, _ZEROES[:zeroes]])
         except OSError as error:
-            if is_full(error):
-                self._take_back(segment)
             self._failed(error, f"append to segment {segment.number}")
         segment.heads += head
         segment.sizes.append(table_bytes)
@@ -328,8 +344,12 @@ class RedoWriter:
             first_seq=self.last_seq + 1, predecessor=old.number, predecessor_chain=old.chain,
             cut=self.last_seq, stamp=stamp, highest=self.last_seq, durable=self.durable,
         )  # fmt: skip
+        spare = self.spares.take()
         try:
-            new = create_segment(self._storage, header)
+            if spare is None:
+                new = create_segment(self._storage, header)
+            else:
+                new = use_spare(self._storage, header, spare[1], name=spare[0])
         except OSError as error:
             self._failed(error, f"begin segment {header.segment}")
         with self._lock:
@@ -339,6 +359,18 @@ class RedoWriter:
         if self._on_segment is not None:
             self._on_segment(new.number)
         return new
+
+    def _write(self, segment: OpenSegment, offset: int, buffers: list[Buffer]) -> None:
+        """Nothing is left of it when there is no space, also not when the spares are given up."""
+        while True:
+            try:
+                return segment.file.write(offset, buffers)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                self._take_back(segment)
+                if not self.spares.discard():
+                    raise
 
     def _take_back(self, segment: OpenSegment) -> None:
         """Remove what was written of a batch: it was refused, and a recovery that found it would
@@ -428,6 +460,7 @@ class RedoWriter:
                 for file in self._files.values():
                     file.close()
                 self._files.clear()
+            self.spares.discard()
 
     def start_again(self) -> RedoStart:
         """What another writer needs to go on here; this one must not be used any more.

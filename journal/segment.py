@@ -57,14 +57,16 @@ from journal.table import (
 )
 
 __all__ = [  # what lies in `table` is part of a segment as well: one place to import it from
-    "DIRECTORY", "ENDLESS", "PAGE", "TEMPORARY", "Break", "Footer", "Scanner", "SegmentInfo",
-    "SegmentLister", "Table", "TableBuilder", "Trailer", "derive_rows", "footer_offset",
-    "load_footer", "load_table", "open_segment", "pack_footer", "payload_sizes", "read_blocks",
+    "DIRECTORY", "ENDLESS", "PAGE", "SUFFIX", "TEMPORARY", "Break", "Footer", "Scanner",
+    "SegmentInfo", "SegmentLister", "Table", "TableBuilder", "Trailer", "derive_rows",
+    "footer_offset", "load_footer", "load_table", "open_segment", "pack_footer",
+    "payload_sizes", "read_blocks",
     "read_body", "read_info", "read_leniently", "read_rows", "row_sums", "segment_name",
     "sums_of", "table_of_heads", "unpack_trailer", "verify_rows", "with_bounds",
 ]  # fmt: skip
 
 DIRECTORY: Final = {Log.REDO: "redo", Log.UNDO: "undo"}
+SUFFIX: Final = ".seg"
 TEMPORARY: Final = ".tmp"
 _SCAN_BYTES: Final = 1 << 16
 _SEARCH_BYTES: Final = 1 << 20
@@ -72,7 +74,7 @@ _SEARCH_BYTES: Final = 1 << 20
 
 def segment_name(log: Log, segment: int) -> str:
     """Name of a segment's file below the journal directory."""
-    return f"{DIRECTORY[log]}/{segment:08d}.seg"
+    return f"{DIRECTORY[log]}/{segment:08d}{SUFFIX}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ class SegmentLister:
         names = [
             f"{DIRECTORY[self._log]}/{name}"
             for name in self._storage.list(DIRECTORY[self._log])
-            if name.endswith(".seg")
+            if name.endswith(SUFFIX)
         ]
         for gone in self._known.keys() - set(names):
             del self._known[gone]
@@ -253,7 +255,6 @@ class Scanner:
         self.durable = self.applied = self.window_start = self.barrier = 0
         self.stamp = info.header.stamp
         self.breaks: list[Break] = []
-        self._searched = 0
         self._window = b""
         self._window_at = 0
         self._seed = segment_seed(info.header)
@@ -314,9 +315,8 @@ class Scanner:
 
     def _pass_over(self) -> bool:
         """Whether a batch was found behind the break at ``offset``; then that is where we are."""
-        size = self.file.size()
-        start = max(self.offset, self._searched)
-        for offset in _candidates(self.file, start, size):
+        # From the break each time: what is appended later may lie within the file's present size.
+        for offset in _candidates(self.file, self.offset, self.file.size()):
             found = self._batch_at(offset, fresh=False)
             if found is None:
                 continue
@@ -331,7 +331,6 @@ class Scanner:
                 self.builder.add_lost(missing, self.offset, self.stamp, self.barrier)
             self.offset, self.chain = offset, header.previous
             return True
-        self._searched = size // ALIGN * ALIGN
         return False
 
 

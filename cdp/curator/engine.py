@@ -393,8 +393,9 @@ class Engine:
     # -------------------------------------------------------------------------------- giving up
     def usage(self) -> Usage:
         """Bytes of each kind of file now."""
+        other = self._other_bytes()  # first: of the others some become segments
         self.redo.segments()
-        redo, other = self.redo.bytes, self._other_bytes()
+        redo = self.redo.bytes
         undo = sum(info.size for info in self.history.current().undo_infos.values())
         self.last_usage = Usage(
             redo=redo, undo=undo, other=other,

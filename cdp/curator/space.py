@@ -10,9 +10,7 @@ they are refused. That ends when there is plenty of space.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 from journal import reserve
@@ -30,13 +28,6 @@ PLENTY_SEGMENTS: Final = 10
 MARGIN_SEGMENTS: Final = 2
 # With less than so many left the file system may be full before the next look.
 NEAR_SEGMENTS: Final = 64
-
-
-def available_bytes(directory: Path) -> int:
-    """What the file system has left for us. (A quota may allow less.)"""
-    numbers = os.statvfs(directory)
-    blocks = numbers.f_bfree if os.geteuid() == 0 else numbers.f_bavail
-    return blocks * numbers.f_frsize
 
 
 class Space:

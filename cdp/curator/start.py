@@ -16,7 +16,7 @@ from cdp.child import Child, is_free
 from cdp.curator.controls import Controls
 from cdp.curator.engine import Engine, Policy
 from cdp.curator.points import Points
-from cdp.curator.space import Space, available_bytes
+from cdp.curator.space import Space
 from cdp.disk_identity import identity_of
 from journal.catalog import Catalog
 from journal.catalog_state import Bookmark, Pin, Thinned, drop
@@ -27,7 +27,7 @@ from journal.frontier import Frontier
 from journal.limits import CATALOG_ALIGN, CATALOG_FILE_BYTES_MIN, CATALOG_FILE_BYTES_TIGHT
 from journal.run_format import INDEX
 from journal.runset import RunSet
-from journal.segment import segment_name
+from journal.segment import DIRECTORY, SUFFIX, segment_name
 from journal.storage import RealStorage
 from journal.undo import UndoWriter
 from journal.undo_follower import UndoFollower
@@ -120,7 +120,7 @@ def open_engine(
         identity=lambda: identity_of(child.backing_fd),
         launch=launch, viewer_gone=lambda: is_free(child.directory, "viewer"),
         space=Space(
-            storage, lambda: available_bytes(Path(config.journal)),
+            storage, child.available_bytes,
             segment_bytes=config.segment_bytes,
         ),
     )  # fmt: skip
@@ -192,16 +192,16 @@ def _list(catalog: Catalog, frontier: Frontier, segment: int) -> None:
 
 
 def other_bytes(journal: Path) -> int:
-    """Bytes of the index, the catalog and the reserve."""
+    """Bytes of the index, the catalog, the reserve, and of files that are to become segments."""
     total = 0
-    for directory in (journal, journal / INDEX):
+    for directory in (journal, journal / INDEX, journal / DIRECTORY[Log.REDO]):
         try:
             entries = list(os.scandir(directory))
         except FileNotFoundError:
             continue
         for entry in entries:
             try:
-                if entry.is_file():
+                if entry.is_file() and not entry.name.endswith(SUFFIX):
                     total += entry.stat().st_blocks * 512
             except FileNotFoundError:
                 continue

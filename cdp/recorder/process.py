@@ -29,6 +29,7 @@ from cdp.recorder.control import Service
 from cdp.recorder.engine import now_ns
 from cdp.recorder.holds import Holds
 from cdp.recorder.loop import Loop
+from cdp.recorder.preparing import Preparing
 from cdp.recorder.start import Started, start_recorder
 from cdp.rpc import RpcServer
 from journal import reserve
@@ -86,6 +87,10 @@ class ChildLike(Protocol):
 
     def storage(self) -> Storage:
         """The journal directory."""
+        ...
+
+    def available_bytes(self) -> int:
+        """What its file system has left for us."""
         ...
 
     def frontier(self, *, create: bool, read_only: bool = False) -> Frontier:
@@ -175,13 +180,16 @@ class Process:
             task_status.started()
             nursery.start_soon(self._watch_signals)
             if await self._start():
+                preparing = Preparing(self.recorder, self.child.available_bytes)
                 async with trio.open_nursery() as work:
                     work.start_soon(self.loop.run)
                     work.start_soon(self._tick)
                     work.start_soon(self._watch_poison)
+                    work.start_soon(preparing.run)
                     await self.stopping.wait()
                     await self._say_farewell()
                     self.loop.stop()
+                    preparing.stop()
                     work.cancel_scope.cancel()
                 await trio.to_thread.run_sync(self._close)
             else:

@@ -20,6 +20,7 @@ import numpy as np
 from cdp.recorder.batch import BLOCK_WORK
 from cdp.recorder.engine import Recorder, now_ns
 from cdp.recorder.overlay import Overlay, load_table
+from cdp.recorder.preparing import count_for
 from cdp.recorder.reads import Readers
 from cdp.recorder.rollback import Open, Rollbacks
 from cdp.recorder.sync import Syncer
@@ -32,6 +33,7 @@ from journal.hints import gather
 from journal.recovery import Lost, Recovered, recover
 from journal.redo import RedoWriter
 from journal.run_format import INDEX
+from journal.spares import Spares
 from journal.storage import Storage
 
 if TYPE_CHECKING:
@@ -102,6 +104,9 @@ def start_recorder(
     writer = RedoWriter(
         storage, config.id_bytes, recovered.start, segment_bytes=config.segment_bytes,
         identity=identity, on_segment=new_segment, on_durable=syncer.on_durable,
+        spares=Spares(
+            storage, config.segment_bytes, count_for(config.journal_limit, config.segment_bytes)
+        ),
     )  # fmt: skip
     overlay = Overlay(recovered.masks, writer.file)
     tail = Tail(config.tail_bytes, span=ROOM_SEGMENTS * config.segment_bytes)

@@ -35,6 +35,7 @@ from journal.hints import gather
 from journal.recovery import recover
 from journal.redo import RedoWriter
 from journal.segment import SegmentLister
+from journal.spares import Spares
 from replay.history import History
 from replay.places import Places
 from replay.rollback import plan as plan_rollback
@@ -156,6 +157,7 @@ class World:
         self.writer = RedoWriter(
             self.routed, DISK, recovered.start, segment_bytes=self.segment_bytes,
             identity=lambda: self.random.randbytes(16), on_segment=self._new_segment,
+            spares=Spares(self.routed, self.segment_bytes, 1),
         )  # fmt: skip
         self.masks = set(recovered.masks)
         self.seen = recovered.applied
@@ -374,6 +376,8 @@ class World:
         assert self.writer is not None
         self.acting = "recorder"
         self.synced = self.frontier.durable = self.writer.sync()
+        if self.writer.spares.wanted and self.random.random() < 0.1:
+            self.writer.spares.prepare(lambda: True)
         self.acting = ""
 
     def rollback(self, seq: int, *, commit: bool = True) -> None:

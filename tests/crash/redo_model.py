@@ -6,6 +6,7 @@ compares what a recovery found with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from journal.format import BLOCK, Kind, Log, payload_sums
 from journal.recovery import Recovered, recover
 from journal.redo import RedoWriter
 from journal.segment import SegmentLister, load_table, open_segment, read_blocks, read_body
+from journal.spares import Spares
 from tests.crash.sim_storage import SimStorage
 
 DISK = b"crash-test disk."
@@ -72,6 +74,7 @@ class Driver:
         self.writer = RedoWriter(
             self.storage, DISK, recovered.start, segment_bytes=SEGMENT_BYTES,
             identity=lambda: self.random.randbytes(16), on_durable=self._promised,
+            spares=Spares(self.storage, SEGMENT_BYTES, 2),
         )  # fmt: skip
         self._promised(self.writer.durable)
 
@@ -95,6 +98,8 @@ class Driver:
                 self.append(0)
             elif kind < 0.9:
                 self.sync()
+                if self.random.random() < 0.5:
+                    self.prepare()
             elif not self.rollback:
                 self.applied = self.random.randint(self.applied, self.writer.durable)
 
@@ -113,6 +118,13 @@ class Driver:
             assert self.writer.sync() == appended
         finally:
             self.storage.during_sync = None
+
+    def prepare(self) -> None:
+        """A file for a later segment, unless there are enough or no space."""
+        assert self.writer is not None
+        if self.writer.spares.wanted:
+            with contextlib.suppress(OSError):
+                self.writer.spares.prepare(lambda: True)
 
     def append(self, count: int) -> None:
         """One batch of writes, zeroes and trims; of refs while a rollback is open."""

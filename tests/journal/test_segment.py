@@ -330,6 +330,19 @@ def test_several_damaged_places(built: Builder) -> None:
     assert [(b.last_seq, b.next_seq) for b in scanner.breaks] == [(0, 4), (3, 6)]
 
 
+def test_what_comes_behind_damage_at_the_end_is_found_within_the_same_size(
+    built: Builder,
+) -> None:
+    """The rest of a segment may be zeroes from the start: its size tells nothing."""
+    built.segment.file.write(built.segment.offset, [bytes(1 << 16)])
+    damaged = offsets(built)[3]
+    built.damage(damaged)
+    scanner = Scanner(open_segment(built.storage, NAME), built.info())
+    assert scanner.advance(8).last_seq == 5
+    built.batch(1)
+    check_contents(built, scanner.advance(9), missing={6, 7, 8})
+
+
 def test_damage_at_the_end_finds_nothing_and_stops(built: Builder) -> None:
     built.damage(offsets(built)[3] + 130)
     scanner = Scanner(open_segment(built.storage, NAME), built.info())
