@@ -58,10 +58,36 @@ def judge(work: Work, table: Table, openable: Openable) -> Verdict:
     """What of an undo segment some openable point still needs."""
     ends = table.rows["arg"].astype(np.uint64)
     possible = openable.wanted(np.zeros(len(ends), np.uint64), ends)
+    # Where the last point before the end is openable, the next smaller end does not matter. So of
+    # all images within the window: only those that points behind it may need are looked up.
+    certain = openable.wanted(ends - np.uint64(1), ends)
     large = (table.rows["kind"] == Kind.IMAGE_ZERO) & (table.rows["nblocks"] >= LARGE_BLOCKS)
-    small = np.flatnonzero(~large & possible)
-    blocks, number = expand(table.rows["block"][small], table.rows["nblocks"][small])
-    row = small[number]
+    needed = _blocks_of(table, np.flatnonzero(~large & certain))
+    doubtful = _blocks_of(table, np.flatnonzero(~large & possible & ~certain))
+    kept = _needed(work, openable, ends, *doubtful)
+    blocks, row = (np.concatenate(each) for each in zip(needed, kept, strict=True))
+    order = np.lexsort((ends[row], blocks))
+    blocks, row = blocks[order], row[order]
+    ranges = np.flatnonzero(large & possible)
+    content = int(np.count_nonzero(table.rows["kind"][row] == Kind.IMAGE))
+    total = int(table.rows["nblocks"][table.rows["kind"] == Kind.IMAGE].astype(np.int64).sum())
+    return Verdict(
+        total=total * BLOCK + len(table.rows) * RECORD_BYTES,
+        kept=content * BLOCK + (len(np.unique(row)) + len(ranges)) * RECORD_BYTES,
+        blocks=blocks, row=row, ranges=ranges,
+    )  # fmt: skip
+
+
+def _blocks_of(table: Table, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks of some rows, with the row of each."""
+    blocks, number = expand(table.rows["block"][rows], table.rows["nblocks"][rows])
+    return blocks, rows[number]
+
+
+def _needed(
+    work: Work, openable: Openable, ends: np.ndarray, blocks: np.ndarray, row: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Those of some images that a point between the next smaller end and theirs needs."""
     order = np.lexsort((ends[row], blocks))
     blocks, row = blocks[order], row[order]
     mine = ends[row]
@@ -72,15 +98,7 @@ def judge(work: Work, table: Table, openable: Openable) -> Verdict:
         first = np.flatnonzero(np.append(True, ~same))
         smaller[first] = work.history.ends_le(blocks[first], mine[first] - np.uint64(1))
     keep = openable.wanted(smaller, mine)
-    blocks, row = blocks[keep], row[keep]
-    ranges = np.flatnonzero(large & possible)
-    content = int(np.count_nonzero(table.rows["kind"][row] == Kind.IMAGE))
-    total = int(table.rows["nblocks"][table.rows["kind"] == Kind.IMAGE].astype(np.int64).sum())
-    return Verdict(
-        total=total * BLOCK + len(table.rows) * RECORD_BYTES,
-        kept=content * BLOCK + (len(np.unique(row)) + len(ranges)) * RECORD_BYTES,
-        blocks=blocks, row=row, ranges=ranges,
-    )  # fmt: skip
+    return blocks[keep], row[keep]
 
 
 def sweep(work: Work, info: SegmentInfo, table: Table, verdict: Verdict) -> int:
