@@ -5,8 +5,8 @@ position left at the batch's own end: an unaligned append would else have to rea
 cache has dropped. Behind small batches the zeroes reach further now and then, so that those that
 follow change no size and allocate nothing: an append then takes half the time, and an fdatasync
 need not commit anything to the file system's log. Where there was time for it a segment is all
-zeroes from the start (`spares`). A segment that is full is left as it is and a new
-one begun (`append`); the sync thread makes it durable, adds its footer, and syncs that (`sync`).
+zeroes from the start (`spares`). A segment that is full is left as it is and a new one begun
+(`append`); the sync thread makes it durable, adds its footer, and syncs that (`sync`).
 
 Threads. `append` and everything else run in one thread, the loop's; `sync` and `writeback_hint` in
 one other, one call at a time. They share, under the interpreter's lock and without one of ours:
@@ -148,7 +148,7 @@ def create_segment(storage: Storage, header: SegmentHeader, *, name: str = "") -
 
 
 def use_spare(storage: Storage, header: SegmentHeader, spare: File, *, name: str) -> OpenSegment:
-    """The same of a file of zeroes that has the name ``name`` now; it is closed on an error."""
+    """The same of a file of zeroes that has the name ``name`` now; on an error it is removed."""
     segment = segment_name(Log.REDO, header.segment)
     page = pack_segment_header(header)
     try:
@@ -157,6 +157,8 @@ def use_spare(storage: Storage, header: SegmentHeader, spare: File, *, name: str
         zeroed = spare.size()
     except OSError:
         spare.close()
+        with contextlib.suppress(OSError):  # the next recovery does it
+            storage.unlink(name)
         raise
     chain = unpack_segment_header(page, file=segment)[1]
     return OpenSegment(header, spare, chain, zeroed=zeroed)

@@ -60,8 +60,8 @@ __all__ = [  # what lies in `table` is part of a segment as well: one place to i
     "DIRECTORY", "ENDLESS", "PAGE", "SUFFIX", "TEMPORARY", "Break", "Footer", "Scanner",
     "SegmentInfo", "SegmentLister", "Table", "TableBuilder", "Trailer", "derive_rows",
     "footer_offset", "load_footer", "load_table", "open_segment", "pack_footer",
-    "payload_sizes", "read_blocks",
-    "read_body", "read_info", "read_leniently", "read_rows", "row_sums", "segment_name",
+    "payload_sizes", "read_blocks", "read_body", "read_info", "read_leniently", "read_rows",
+    "row_sums", "segment_name",
     "sums_of", "table_of_heads", "unpack_trailer", "verify_rows", "with_bounds",
 ]  # fmt: skip
 

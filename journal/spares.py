@@ -12,7 +12,8 @@ directory, as that of any other. If a power loss takes the renaming back, the fi
 all that was appended to it: that was not durable, for `durable` passes nothing of a segment whose
 name is not.
 
-Threads: `prepare` and `discard` run in one thread at a time; `take` in the loop's, beside it.
+Threads: `prepare` runs in one thread at a time, `take` and `discard` also in the loop's, beside it;
+what they share is a deque, whose ends are taken and added to by one step.
 """
 
 from __future__ import annotations

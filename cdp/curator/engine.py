@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 SECOND_NS: Final = 1_000_000_000
 GROUP_BLOCKS = 65536
+TAIL_PART = 4  # of the tail's bound, as content: half of the work from which clients are delayed
 GROUP_LIMIT_PART = 32  # of the journal's limit at most is applied in one step
 APPLY_RECORDS = 65536  # a backlog that is worth a group at once
 APPLY_AGE_NS = SECOND_NS  # a smaller one waits so long: later groups coalesce more
@@ -71,6 +72,7 @@ class Policy:
     journal_limit: int
     overflow: str
     segment_bytes: int
+    tail_bytes: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -292,7 +294,8 @@ class Engine:
         appended, durable = self.frontier.redo_bytes, self.frontier.durable
         waiting, limit = durable - applier.done, self._group_blocks()
         pressed = self._keeper.pressed  # only what is applied, and synced, can be given up
-        urgent |= pressed or appended - self._appended_before >= limit * BLOCK
+        backlog = min(limit * BLOCK, self.policy.tail_bytes // TAIL_PART)
+        urgent |= pressed or appended - self._appended_before >= backlog
         due = waiting >= APPLY_RECORDS or now - self._last_apply >= APPLY_AGE_NS or urgent
         if waiting > 0 and due and applier.step(limit_blocks=limit):
             self.counters.groups += 1

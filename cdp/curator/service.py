@@ -216,6 +216,8 @@ class Service:
             policy.window_ns = None if seconds is None else int(float(seconds) * 1e9)
         if "journal_limit" in params:
             policy.journal_limit = int(params["journal_limit"])
+        if "tail_bytes" in params:
+            policy.tail_bytes = int(params["tail_bytes"])
         if "overflow" in params:
             policy.overflow = str(params["overflow"])
         return {}

@@ -114,15 +114,12 @@ def open_engine(
         redo_runs=runs[0], undo_runs=runs[1], backing=child.backing(), controls=controls,
         policy=Policy(
             None if window is None else int(window * 1e9), config.journal_limit, config.overflow,
-            config.segment_bytes,
+            config.segment_bytes, config.tail_bytes,
         ),
         other_bytes=lambda: other_bytes(Path(config.journal)),
         identity=lambda: identity_of(child.backing_fd),
         launch=launch, viewer_gone=lambda: is_free(child.directory, "viewer"),
-        space=Space(
-            storage, child.available_bytes,
-            segment_bytes=config.segment_bytes,
-        ),
+        space=Space(storage, child.available_bytes, segment_bytes=config.segment_bytes),
     )  # fmt: skip
     points = Points(
         engine, points_redo, controls, clock=[(0, 0)], start_stamp=_start_stamp(points_redo)

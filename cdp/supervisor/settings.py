@@ -25,7 +25,7 @@ _WORDS: Final = {
 CHANGEABLE: Final = ("window", "journal-limit", "overflow", "tail", "sync-age", "after-loss")
 # Which process has to hear of a change.
 FOR_RECORDER: Final = frozenset({"sync_age_seconds", "tail_bytes"})
-FOR_CURATOR: Final = frozenset({"window_seconds", "journal_limit", "overflow"})
+FOR_CURATOR: Final = frozenset({"window_seconds", "journal_limit", "overflow", "tail_bytes"})
 
 
 def parse_settings(values: Mapping[str, Any]) -> Settings:

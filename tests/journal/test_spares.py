@@ -131,6 +131,19 @@ def test_a_recovery_ends_where_the_batches_do_and_removes_what_is_left() -> None
     assert all(name.endswith(".seg") for name in storage.list("redo"))
 
 
+def test_one_that_cannot_become_a_segment_leaves_nothing() -> None:
+    storage = SimStorage(1)
+    writer = writer_on(storage)
+    writer.spares.prepare(lambda: True)
+    storage.faults["rename", storage.counts.get("rename", 0) + 1] = errno.ENOSPC
+    with pytest.raises(JournalFull):
+        fill(writer)
+    assert storage.list("redo") == ["00000001.seg"]
+    fill(writer)
+    assert storage.list("redo") == ["00000001.seg", "00000002.seg"]
+    assert writer.sync() == writer.last_seq
+
+
 def test_a_full_file_system_takes_them_back_before_it_refuses() -> None:
     storage = SimStorage(1)
     writer = writer_on(storage)

@@ -489,6 +489,23 @@ def test_a_backlog_starves_neither_the_index_nor_housekeeping(
     assert world.running.catalog.window_start > 0
 
 
+def test_apply_begins_before_a_small_tail_is_full(world: World) -> None:
+    """Clients are delayed from half of it on: not before there is work they could wait for."""
+    engine, policy = world.running, world.running.policy
+    policy.tail_bytes = 64 << 20
+    world.write(1)
+    world.sync()
+    engine.step(world.stamp)
+    before = engine.applier.done
+    world.write(2)
+    world.sync()
+    engine.step(world.stamp)
+    assert engine.applier.done == before  # it is little, and young
+    world.frontier.redo_bytes += policy.tail_bytes // 4
+    engine.step(world.stamp)
+    assert engine.applier.done == world.frontier.durable
+
+
 @pytest.mark.parametrize("overflow", ["throttle", "block", "gap"])
 def test_only_the_policy_shrink_gives_up_history(world: World, overflow: str) -> None:
     """! The administrator chose to stop the application rather."""

@@ -279,7 +279,9 @@ async def test_settings_are_kept_and_told_to_who_needs_them(
         told = world.disk().params("recorder", "set")
         assert told == [{"tail_bytes": 256 * MIB, "sync_age_seconds": 0.5}]
         told = world.disk().params("curator", "set")
-        assert told == [{"window_seconds": 2 * 86_400.0, "journal_limit": 20 << 30}]
+        assert told == [
+            {"window_seconds": 2 * 86_400.0, "journal_limit": 20 << 30, "tail_bytes": 256 << 20}
+        ]
         saved = load_disk(world.state_dir / "disks" / "disk0")
         assert saved == daemon.disks["disk0"].config
 
