@@ -296,7 +296,7 @@ class RedoWriter:
             zeroes = max(zeroes, min(zeroes + ZEROES_AHEAD, self._segment_bytes - end))
             segment.zeroed = end + zeroes
         try:
-            self._write(segment, offset, [head, *payloads, _ZEROES[:zeroes]])
+            self._write(segment, offset, [head, *payloads, _ZEROES[:zeroes]], end)
         except OSError as error:
             self._failed(error, f"append to segment {segment.number}")
         segment.heads += head
@@ -362,8 +362,10 @@ class RedoWriter:
             self._on_segment(new.number)
         return new
 
-    def _write(self, segment: OpenSegment, offset: int, buffers: list[Buffer]) -> None:
-        """Nothing is left of it when there is no space, also not when the spares are given up."""
+    def _write(self, segment: OpenSegment, offset: int, buffers: list[Buffer], end: int) -> None:
+        """Write a batch up to ``end``, and zeroes. Nothing is left of it when there is no space,
+        also not when the spares are given up, and the zeroes that are there only for speed.
+        """
         while True:
             try:
                 return segment.file.write(offset, buffers)
@@ -371,8 +373,11 @@ class RedoWriter:
                 if not is_full(error):
                     raise
                 self._take_back(segment)
+                needed = -end & _PAGE_MASK
                 if not self.spares.discard():
-                    raise
+                    if len(buffers[-1]) <= needed:
+                        raise
+                    buffers[-1] = _ZEROES[:needed]
 
     def _take_back(self, segment: OpenSegment) -> None:
         """Remove what was written of a batch: it was refused, and a recovery that found it would

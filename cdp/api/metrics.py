@@ -108,6 +108,12 @@ _NUMBERS: Final = (
         "throttled_seconds",
         counter=True,
     ),
+    _Number(
+        "cdp_disk_held_seconds",
+        "How long writes have waited for space in the journal; 0: they do not",
+        "disk",
+        "held_seconds",
+    ),
 )
 
 

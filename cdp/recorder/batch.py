@@ -1,8 +1,9 @@
 """Records that are about to be appended with one write: built request by request, then committed.
 
 A batch belongs to one connection and holds views of its receive buffer, so it lives only until its
-`commit`, without an await in between. Small contents that follow each other form a *run*: in the
-segment they lie one after the other, so one call tells the overlay where all of them are.
+`commit`, without an await in between (or longer, without those views: `nospace`). Small contents
+that follow each other form a *run*: in the segment they lie one after the other, so one call tells
+the overlay where all of them are.
 """
 
 from __future__ import annotations
@@ -56,6 +57,18 @@ class Batch:
         # Content of blocks as of here, for who must widen a write; None: not needed so far.
         self.newest: dict[int, bytes | bytearray | memoryview] | None = None
         self.larges: list[tuple[int, int]] = []
+
+    def take_over(self) -> Batch:
+        """All of it as another batch, with contents of its own; this one begins anew."""
+        other = Batch()
+        for name in Batch.__slots__:
+            setattr(other, name, getattr(self, name))
+        other.payloads = [
+            bytes(each) if isinstance(each, memoryview) else each for each in self.payloads
+        ]
+        other.newest = None
+        self.clear()
+        return other
 
     def add_write(self, first: int, count: int, payload: bytes | bytearray | memoryview) -> None:
         """A write of whole blocks. A record too large for one is cut (see `partial`)."""

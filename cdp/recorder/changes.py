@@ -84,7 +84,10 @@ class Changes:
                 if not self._admit(batch, kind, offset, length):
                     break
                 payload = view[at : at + length] if kind == NBD_CMD_WRITE else None
-                self._change(batch, connection, kind, flags, cookie, offset, length, payload, {})
+                if not self._change(
+                    batch, connection, kind, flags, cookie, offset, length, payload, {}
+                ):
+                    break
             taken += 1
         if batch is not None and (batch.cookies or batch.fua):
             recorder.commit(batch, connection)
@@ -143,20 +146,25 @@ class Changes:
         length: int,
         payload: bytes | memoryview | None,
         edges: Edges,
-    ) -> None:
-        """Add one valid write, zero or trim to the batch, or park it.
+    ) -> bool:
+        """Add one valid write, zero or trim to the batch, or park it, or answer it: it is damaged.
 
-        ``edges``: old contents of ragged edges that are known already.
+        ``edges``: old contents of ragged edges that are known already. False: not now, for what
+        they hold is in a batch for which there is no space.
         """
         recorder = self._recorder
         if self.locks and self.locks.locked(*touched_blocks(offset, length)):
             self.locks.wait(_parked(connection, kind, flags, cookie, offset, length, payload))
-            return
+            return True
         if kind in (NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES):
             ragged = ragged_edges(offset, length, recorder.size)
             missing = [block for block in ragged if block not in edges]
+            if any(batch.must_commit_before(block) for block in missing):
+                recorder.commit(batch, connection)
+                if recorder.no_space.holds:
+                    return False
             if missing and not self._find_edges(batch, connection, missing, edges, cookie):
-                return
+                return True
             missing = [block for block in missing if block not in edges]
             if missing:
                 parked = _parked(connection, kind, flags, cookie, offset, length, payload)
@@ -164,12 +172,13 @@ class Changes:
                 # All of them: what was found already must not change meanwhile, either.
                 self.locks.lock(parked, ragged)
                 self._read_edges(parked, missing)
-                return
+                return True
             recorder.statistics.partial_writes += bool(edges)
         self._add(batch, kind, offset, length, payload, edges)
         (batch.fua if flags & NBD_CMD_FLAG_FUA else batch.cookies).append(cookie)
         if batch.payload_bytes > BATCH_BYTES_MAX:
             recorder.commit(batch, connection)
+        return True
 
     def _add(
         self,
@@ -212,8 +221,6 @@ class Changes:
     ) -> bool:
         """Look for old contents without waiting; False when the request was answered: damage."""
         recorder = self._recorder
-        if any(batch.must_commit_before(block) for block in blocks):
-            recorder.commit(batch, connection)
         for block in blocks:
             content = batch.content_of(block)
             if content is None:
@@ -268,7 +275,7 @@ class Changes:
             recorder.advance()
             recorder.syncer.want(recorder.writer.last_seq)
             return False
-        while (parked := locks.take_ready()) is not None:
+        while not recorder.no_space.holds and (parked := locks.take_ready()) is not None:
             connection = parked.connection
             parked.unpark()
             if connection.closed or gone(connection):

@@ -49,6 +49,7 @@ class Connection:
 
     ``view[start:end]`` is what was received and not executed. ``in_flight`` counts requests that
     were taken out of the buffer and are not answered; ``parked`` those that are not executed, too.
+    ``held``: those of them for which there was no space (`nospace`).
     ``stalled``: whole requests are in the buffer and wait for room. ``closing``: a disconnect
     request was executed; what is in flight is finished first. ``broken``: nothing can be sent any
     more. ``polled``: the last seq when it was last known not to have hung up. ``backlog`` takes in
@@ -72,6 +73,7 @@ class Connection:
         "events",
         "farewell",
         "fd",
+        "held",
         "in_flight",
         "limits",
         "number",
@@ -131,6 +133,7 @@ class Connection:
         self.out_bytes = 0
         self.in_flight = 0
         self.parked = 0  # of those, requests that are not executed yet
+        self.held = 0
         self.deferred: deque[Request] = deque()  # reads, until there is room for their replies
         self.stalled = False
         self.resume_at = 0

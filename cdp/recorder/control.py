@@ -191,6 +191,12 @@ class Service:
         await self._durable(seq)
         return {"seq": seq, "stamp": stamp}
 
+    def _expect_space(self) -> None:
+        """Whoever waits for space is not cut off for something that will find none, either."""
+        why = self._process.recorder.no_space.why
+        if why is not None:
+            raise Conflict(f"writes to {self._process.config.name} wait: {why}")
+
     async def _durable(self, seq: int) -> None:
         recorder = self._process.recorder
         event = trio.Event()
@@ -205,6 +211,7 @@ class Service:
         process = self._process
         recorder, rollbacks = process.recorder, process.rollbacks
         identity, to_seq = str(params["id"]), int(params["to_seq"])
+        self._expect_space()
         if len(fds) != 1:
             raise InvalidInput("a rollback needs one plan")
         plan = read_plan(fds[0], -(-recorder.size // BLOCK))
@@ -276,6 +283,7 @@ class Service:
         if size <= 0 or size % process.config.block_size:
             raise InvalidInput(f"{size} bytes is no multiple of {process.config.block_size}")
         async with self._exclusive:
+            self._expect_space()
             if not process.rollbacks.serving:
                 raise Conflict(f"{process.config.name}: {process.not_served()}")
             seq, stamp = recorder.append_control(Kind.RESIZE, {"size": size})
@@ -289,6 +297,7 @@ class Service:
         """From here on somebody else may write to the backing: nobody is served any more."""
         process, recorder = self._process, self._process.recorder
         async with self._exclusive:
+            self._expect_space()
             process.gap = True
             try:
                 process.loop.close_all()

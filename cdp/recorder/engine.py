@@ -12,10 +12,11 @@ them, and does the accounts in one function. Everything else goes through `chang
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from operator import or_
 from struct import Struct
@@ -26,6 +27,7 @@ from cdp.nbd.wire import NBD_CMD_WRITE, NBD_REQUEST_MAGIC, REQUEST, NbdError
 from cdp.recorder.batch import BLOCK_WORK, Batch
 from cdp.recorder.changes import Changes
 from cdp.recorder.live import LiveReads
+from cdp.recorder.nospace import NoSpace
 from cdp.recorder.statistics import BUCKET_SHIFT, Statistics
 from journal.errors import JournalFull, Poisoned
 from journal.format import BLOCK, Kind, checksum
@@ -46,11 +48,8 @@ log = logging.getLogger(__name__)
 
 # Bytes appended between two hints to the kernel to begin writing.
 HINT_BYTES: Final = 8 << 20
-# For so long it is said that writes are refused; nobody may have tried since.
-REFUSED_NS_MAX: Final = 5_000_000_000
 _MASK: Final = BLOCK - 1
 _EIO: Final = int(NbdError.EIO)
-_ENOSPC: Final = int(NbdError.ENOSPC)
 # A request's header with magic, flags and type as one number.
 _HEAD: Final = Struct(">Q8sQI")
 _HEADER: Final = REQUEST.size
@@ -142,6 +141,7 @@ class Recorder:
         self.statistics = Statistics()
         self.changes = Changes(self)
         self.reads = LiveReads(self)
+        self.no_space = NoSpace(self, lambda: now_ns(_BOOTTIME))
         self.barrier = 0
         self.last_stamp = 0
         self.ceiling = 1 << 64
@@ -163,7 +163,6 @@ class Recorder:
         # What earlier recorders of this boot have counted, and what was said about it last.
         self._counted_before = frontier.redo_bytes
         self._room_for = (0, 0)
-        self._refused = (-1, 0, "")  # last seq then, when, and why
         tail.noted = self.count_bytes
 
     # ------------------------------------------------------------------------------------- stamps
@@ -220,9 +219,13 @@ class Recorder:
                 entries, sums, payloads, size, stamp=stamp, barrier=self.barrier,
                 applied=tail.applied, window_start=self.window_start,
             )  # fmt: skip
-        except (JournalFull, Poisoned) as error:
+        except JournalFull as error:
+            self.no_space.refused(error)
+            return 0  # they stay where they are
+        except Poisoned as error:
             connection.executed(at)
-            self.not_appended(connection, cookies, error)
+            self.poison(error)
+            self.fail(connection, cookies, _EIO, str(error))
             return count
         # Its client goes on while the accounts are done; nothing else is executed before.
         connection.send(ok_replies(cookies) if count > 1 else ok_reply(cookies[0]))
@@ -259,20 +262,33 @@ class Recorder:
         return self.changes.execute(connection, requests)
 
     def commit(self, batch: Batch, connection: Connection) -> None:
-        """Append what a batch holds and answer for it; it is empty afterwards."""
+        """Append what a batch holds and answer for it; it is empty afterwards.
+
+        If there is no space for it, it waits (`no_space.holds`), and nothing else is admitted.
+        """
+        try:
+            self.append_batch(batch, connection)
+        except JournalFull as error:
+            self.no_space.keep(connection, batch, error)
+        except Poisoned as error:
+            cookies = batch.cookies + batch.fua
+            batch.clear()
+            self.poison(error)
+            self.fail(connection, cookies, _EIO, str(error))
+
+    def append_batch(self, batch: Batch, connection: Connection) -> None:
+        """The same, once.
+
+        :raises JournalFull: there is no space; nothing has happened.
+        :raises Poisoned: nothing is appended any more; nobody was answered.
+        """
         if batch.entries:
             began = now_ns(_BOOTTIME)
             stamp = self.stamp()
-            try:
-                appended = self.writer.append(
-                    batch.entries, batch.sums, batch.payloads, batch.payload_bytes, stamp=stamp,
-                    barrier=self.barrier, applied=self.tail.applied,
-                    window_start=self.window_start,
-                )  # fmt: skip
-            except (JournalFull, Poisoned) as error:
-                self.not_appended(connection, batch.cookies + batch.fua, error)
-                batch.clear()
-                return
+            appended = self.writer.append(
+                batch.entries, batch.sums, batch.payloads, batch.payload_bytes, stamp=stamp,
+                barrier=self.barrier, applied=self.tail.applied, window_start=self.window_start,
+            )  # fmt: skip
             batch.tell(self.overlay.generation(appended.segment), appended)
             self._appended(appended.last_seq, stamp, batch.work)
             if self.tail.total > self.tail.gentle:
@@ -294,18 +310,6 @@ class Recorder:
         if self.unsynced > self._hint_at:
             self._hint(self.unsynced, last_seq)
 
-    def not_appended(
-        self, connection: Connection, cookies: Sequence[bytes], error: JournalFull | Poisoned
-    ) -> None:
-        """Nothing of a batch was executed: say so."""
-        if isinstance(error, Poisoned):
-            self.poison(error)
-        else:
-            self.frontier.redo_refused += 1
-            self._refused = self.writer.last_seq, now_ns(_BOOTTIME), str(error)
-        code = _EIO if isinstance(error, Poisoned) else _ENOSPC
-        self.fail(connection, cookies, code, str(error))
-
     def fail(
         self, connection: Connection, cookies: Sequence[bytes], code: int, reason: str
     ) -> None:
@@ -315,24 +319,41 @@ class Recorder:
             connection.send(error_reply(cookie, code, connection.structured, reason))
 
     def append_control(self, kind: Kind, body: dict[str, object]) -> tuple[int, int]:
-        """Append a record that is no version; its seq and stamp."""
+        """Append a record that is no version; its seq and stamp.
+
+        :raises JournalFull: there is no space; who asked for it is told so.
+        """
         stamp = self.stamp()
-        seq = self.writer.append_control(
-            kind, body, stamp=stamp, barrier=self.barrier, applied=self.tail.applied,
-            window_start=self.window_start,
-        )  # fmt: skip
+        with self._said_to_the_curator():
+            seq = self.writer.append_control(
+                kind, body, stamp=stamp, barrier=self.barrier, applied=self.tail.applied,
+                window_start=self.window_start,
+            )  # fmt: skip
         self._appended(seq, stamp, 0)
         return seq, stamp
 
     def append_refs(self, entries: list[int]) -> int:
-        """Append refs of a rollback that is open; they are no versions yet. The last one's seq."""
+        """Append refs of a rollback that is open; they are no versions yet. The last one's seq.
+
+        :raises JournalFull: there is no space; who asked for it is told so.
+        """
         stamp = self.stamp()
-        appended = self.writer.append(
-            entries, [], [], 0, stamp=stamp, barrier=self.barrier, applied=self.tail.applied,
-            window_start=self.window_start,
-        )  # fmt: skip
+        with self._said_to_the_curator():
+            appended = self.writer.append(
+                entries, [], [], 0, stamp=stamp, barrier=self.barrier, applied=self.tail.applied,
+                window_start=self.window_start,
+            )  # fmt: skip
         self._appended(appended.last_seq, stamp, 0)
         return appended.last_seq
+
+    @contextlib.contextmanager
+    def _said_to_the_curator(self) -> Iterator[None]:
+        """That there was no space: it may make some before somebody asks again."""
+        try:
+            yield
+        except JournalFull:
+            self.frontier.redo_refused += 1
+            raise
 
     def tell_refs(self, refs: list[tuple[int, int]], commit_seq: int) -> None:
         """A rollback was committed: its refs count as versions up to the commit."""
@@ -426,14 +447,8 @@ class Recorder:
         for _, event in self.events:
             event.set()
         self.events = []
+        self.no_space.fail(str(error), _EIO)
         self.on_poison(error)
-
-    @property
-    def refusal(self) -> str | None:
-        """Why writes are refused, as far as is known: nothing was appended since the last was."""
-        last_seq, when, why = self._refused
-        recent = now_ns(_BOOTTIME) - when < REFUSED_NS_MAX
-        return why if recent and last_seq == self.writer.last_seq else None
 
     def damage(self, error: Damaged) -> None:
         """A record that is not applied has lost its content: say so, once for each."""

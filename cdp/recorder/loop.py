@@ -120,7 +120,10 @@ class Loop:
         self.notify()
 
     def hear_nobody(self) -> None:
-        """Receive nothing any more; connections are closed once their replies are sent."""
+        """Receive nothing any more; connections are closed once their replies are sent. What waits
+        for space is given up.
+        """
+        self.recorder.no_space.end()
         for connection in list(self.connections.values()):
             if connection.admitted:
                 connection.closing = True
@@ -192,17 +195,22 @@ class Loop:
             progress = True
             # Who is told that it is durable often goes on at once.
             self._spin_ns = SPIN_NS_MAX
+        no_space = recorder.no_space
+        if no_space.holds:
+            progress |= no_space.try_again(self._gone)
         if recorder.readers.done:
             recorder.readers.finish_done()
             progress = True
-        if recorder.changes.locks.ready:
+        if recorder.changes.locks.ready and not no_space.holds:
             progress |= recorder.changes.resume_parked(self._gone)
-            # Those there was no room for are tried again.
-            self._attention = bool(recorder.changes.locks.ready)
+            if recorder.changes.locks.ready and not no_space.holds:
+                self._attention = True  # those there was no room for are tried again
         if self._waiting:
             progress |= self._admit()
-        if self._troubled:
+        if self._troubled or self._throttled_since:
             progress |= self._chores()
+        if no_space.since or self._troubled:
+            no_space.settle(anybody=any(each.stalled or each.held for each in self._troubled))
         return progress
 
     def _spin(self) -> bool:
@@ -300,9 +308,12 @@ class Loop:
 
     def _timeout(self, now: int) -> float | None:
         """Seconds until something must be looked at again, None: nothing."""
-        timeout = STALL_SECONDS if self.recorder.changes.locks.ready else None
+        waits = not self.recorder.no_space.holds  # else the process's ticker draws our attention
+        timeout = STALL_SECONDS if waits and self.recorder.changes.locks.ready else None
         for connection in self._troubled:
             if connection.stalled and not connection.resume_at:
+                if not waits:
+                    continue
                 wait = STALL_SECONDS
             elif connection.resume_at:
                 wait = max(0.0, (connection.resume_at - now) / 1e9)
@@ -370,7 +381,10 @@ class Loop:
         if count <= 0:
             if count == 0:
                 return NOTHING
-            self._close(connection)
+            if connection.held:
+                self._discard(connection)
+            else:
+                self._close(connection)
             return SOMETHING
         last_seq = self.recorder.writer.last_seq
         if connection.polled == last_seq or not connection.hung_up():
@@ -429,6 +443,7 @@ class Loop:
             or connection.closing
             or connection.deferred
             or connection.parked
+            or connection.held
             or connection.broken
         ):
             self._troubled.add(connection)
@@ -459,6 +474,7 @@ class Loop:
     def _discard(self, connection: Connection) -> None:
         statistics = self.recorder.statistics
         lost = connection.unexecuted() + self.recorder.changes.locks.forget(connection)
+        lost += self.recorder.no_space.forget(connection)
         if lost:
             log.info(
                 "%r hung up: %d requests that it left, unanswered, are not executed",
@@ -486,6 +502,7 @@ class Loop:
             self._epoll.unregister(connection.fd)
             connection.events = 0
         self.recorder.changes.locks.forget(connection)
+        self.recorder.no_space.forget(connection)
         self.connections.pop(connection.fd, None)
         self._troubled.discard(connection)
         if connection in self._waiting:
@@ -502,6 +519,7 @@ class Loop:
                     old.admitted
                     and not old.stalled
                     and not old.parked
+                    and not old.held
                     and (old.received >= target or old.closing)
                 ):
                     del connection.behind[old]
@@ -536,12 +554,17 @@ class Loop:
             if connection.resume_at and connection.resume_at <= now:
                 connection.resume_at = 0
                 progress = True
-            if connection.stalled and connection.admitted and not connection.resume_at:
+            if (
+                connection.stalled
+                and connection.admitted
+                and not connection.resume_at
+                and not recorder.no_space.holds
+            ):
                 connection.stalled = False
                 before = connection.start
                 self._process(connection)
                 progress |= connection.start != before
-            throttled |= connection.stalled or bool(connection.resume_at)
+            throttled |= connection.stalled or bool(connection.resume_at or connection.held)
             self._settle(connection)
         self._count_throttled(throttled, now)
         return progress
@@ -563,7 +586,7 @@ class Loop:
         if connection.events and events | select.EPOLLRDHUP != connection.events:
             connection.events = events | select.EPOLLRDHUP
             self._epoll.modify(connection.fd, connection.events)
-        if receives and not connection.out:
+        if receives and not connection.out and not connection.held:
             self._troubled.discard(connection)
             if connection not in self._hot:
                 self._hot.append(connection)

@@ -309,14 +309,15 @@ class Process:
             recorder = self.recorder
             if recorder.poisoned is not None:
                 continue
-            if recorder.advance():
+            if recorder.advance() or recorder.no_space.since or recorder.no_space.holds:
                 self.loop.notify()
             recorder.ceiling = recorder.frontier.stamp_ceiling or 1 << 64
             recorder.window_start = recorder.frontier.window_start
             now = now_ns(time.CLOCK_BOOTTIME)
             try:
                 self._care_for_age()
-                if now - recorder.active_at > WATERMARK_SECONDS * 1e9:
+                idle = now - recorder.active_at > WATERMARK_SECONDS * 1e9
+                if idle and not recorder.no_space.holds:
                     self._care_for_watermark()
             except (JournalFull, Poisoned) as error:
                 if isinstance(error, Poisoned):
@@ -355,12 +356,15 @@ class Process:
         oldest = writer.oldest_unsynced_stamp
         lag = recorder.age_ns(oldest) / 1e9 if oldest else 0.0
         reason = self.not_served()
-        throttled = any(each.stalled or each.resume_at for each in self.loop.connections.values())
+        throttled = any(
+            each.stalled or each.held or each.resume_at for each in self.loop.connections.values()
+        )
         return {
             "state": self.state,
             "served": reason is None,
             "reason": reason,
-            "trouble": recorder.refusal,
+            "trouble": recorder.no_space.why if recorder.no_space.since else None,
+            "held_seconds": recorder.no_space.seconds,
             "size": recorder.size,
             "last_seq": writer.last_seq,
             "durable": writer.durable,

@@ -1,6 +1,7 @@
 """How much may be admitted, and how clients are slowed down before it is too much.
 
-Two things bound it: what waits to be applied, and the journal's limit.
+Two things bound it: what waits to be applied, and the journal's limit. (And its file system may
+have no space, see `nospace`; that is not known beforehand.)
 
 The tail is measured in bytes of *work*: what apply must write and, at worst, save before. A
 write-zeroes of 4 GiB is a small record and much work; a trim is hardly any.
@@ -68,6 +69,7 @@ class Tail:
     ``total`` is all work ever appended, ``done`` what of it is applied; ``total`` may rise up to
     ``limit``. ``gentle``: from this total on clients are delayed. ``noted`` is called now and then,
     when some work was added. ``span``: bytes of room within which clients are delayed.
+    ``no_space``: an append found none, and nothing is admitted before the next try.
     """
 
     def __init__(self, bound: int, *, span: int = 1 << 20) -> None:
@@ -81,6 +83,7 @@ class Tail:
         self._applying, self._freeing = _Rate(), _Rate()
         self._span = _WORK_PER_BYTE * span
         self._room_end = _ENDLESS  # the total that the journal has room for
+        self.no_space = False
         self.bound = self.limit = self.gentle = 0
         self.noted: Callable[[], object] = _nothing
         self.set_bound(bound)
@@ -98,14 +101,31 @@ class Tail:
         self._freeing.sample(_WORK_PER_BYTE * allowed, now)
         self._set_limit()
 
+    def set_space(self, *, there: bool) -> None:
+        """Whether the journal's file system has space, as far as is known; without, nothing is
+        admitted.
+        """
+        self.no_space = not there
+        self._set_limit()
+
     def _set_limit(self) -> None:
-        self.limit = min(self.done + self.bound, self._room_end)
+        self.limit = -1 if self.no_space else min(self.done + self.bound, self._room_end)
         self.gentle = min(self.done + self.bound // 2, self._room_end - self._span)
 
     @property
     def held(self) -> bool:
-        """Whether the journal has no room for anything."""
-        return self._room_end - self.total < RECORD_WORK_MIN
+        """Whether the journal has no room, or no space, for anything."""
+        return self.no_space or not self.has_room
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the curator leaves room for anything."""
+        return self._room_end - self.total >= RECORD_WORK_MIN
+
+    @property
+    def journal_bounds(self) -> bool:
+        """Whether it is the journal, not what waits to be applied, that bounds what is admitted."""
+        return self.no_space or self._room_end <= self.done + self.bound
 
     @property
     def cramped(self) -> bool:

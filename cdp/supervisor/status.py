@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 STATUS_SECONDS_MAX: Final = 2.0
 # A recorder that says nothing for so long serves nobody, whatever it said before.
 SILENT_SECONDS_MAX: Final = 30.0
+# Writes that wait for less are slowed down; nobody need be told more.
+HELD_SECONDS_MIN: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -116,10 +118,11 @@ def _state(disk: Disk, recorder: dict[str, Any], curator: dict[str, Any], silent
         return "starting"
     if not recorder.get("served", True):
         return "rolling-back" if "rolled back" in str(recorder.get("reason")) else "failed"
+    if recorder.get("held_seconds"):
+        return "throttled"  # which matters more to who writes
     if _is_degraded(disk, curator):
         return "degraded"
-    # Writes are refused, or held back.
-    throttled = recorder.get("trouble") or recorder.get("throttled") or curator.get("throttled")
+    throttled = recorder.get("throttled") or curator.get("throttled")
     return "throttled" if throttled else "served"
 
 
@@ -144,7 +147,11 @@ def _reason(
         if child.reason is not None:
             return f"{child.role}: {child.reason}"
     said = (recorder.get("reason"), recorder.get("trouble"), curator.get("trouble"))
-    return next(filter(None, said), disk.operation)
+    why = next(filter(None, said), disk.operation)
+    held = float(recorder.get("held_seconds") or 0.0)
+    if held < HELD_SECONDS_MIN:
+        return why
+    return f"writes have waited for {held:.0f} s: {why or 'the journal has no room'}"
 
 
 def _text(value: object) -> str | None:
@@ -203,6 +210,7 @@ def describe(disk: Disk, board: StatusBoard, views: int, uri: str) -> dict[str, 
         "overflow": config.overflow,
         "lag_seconds": float(recorder.get("lag_seconds") or 0.0),
         "lag_bytes": int(recorder.get("lag_bytes") or 0),
+        "held_seconds": round(float(recorder.get("held_seconds") or 0.0), 3),
         "apply_lag_bytes": number("apply_lag_bytes"),
         "apply_lag_records": number("apply_lag_records"),
         "apply_lag_seconds": times.age_seconds(curator.get("oldest_unapplied_stamp")),

@@ -33,6 +33,7 @@ NAMES = [
     "cdp_disk_degraded",
     "cdp_disk_served",
     "cdp_disk_throttled_seconds_total",
+    "cdp_disk_held_seconds",
     "cdp_disk_bookmarks",
     "cdp_disk_views",
     "cdp_disk_oldest_pin_seconds",

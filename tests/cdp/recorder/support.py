@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from cdp.recorder.standalone import child_of, make_disk
 from journal.bitmaps import Rollbacks
 from journal.follower import RedoFollower
 from journal.format import BLOCK, Kind
-from journal.segment import read_blocks
-from journal.storage import Storage
+from journal.segment import TEMPORARY, read_blocks
+from journal.storage import Buffer, Mode, RealFile, RealStorage, Storage
 
 READ, WRITE, DISC, FLUSH = NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH
 TRIM, ZEROES = NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES
@@ -234,6 +234,40 @@ async def clients(process: Process, *families: str) -> AsyncIterator[list[Client
             nursery.cancel_scope.cancel()
             for client in found:
                 client.close()
+
+
+class FaultyFile(RealFile):
+    """A file whose writes and syncs fail when its storage says so."""
+
+    storage: FaultyStorage
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self.storage.write_error:
+            raise OSError(self.storage.write_error, os.strerror(self.storage.write_error))
+        super().write(offset, buffers)
+
+    def sync(self) -> None:
+        self.storage.syncs += 1
+        if self.storage.sync_error:
+            raise OSError(self.storage.sync_error, os.strerror(self.storage.sync_error))
+        super().sync()
+
+
+class FaultyStorage(RealStorage):
+    """The journal's directory, failing on demand."""
+
+    write_error = 0
+    sync_error = 0
+    syncs = 0
+
+    def open(self, name: str, mode: Mode) -> RealFile:
+        if mode == "create" and self.write_error and not name.endswith(TEMPORARY):
+            raise OSError(self.write_error, os.strerror(self.write_error))
+        plain = super().open(name, mode)
+        file = FaultyFile(os.dup(plain.fileno()))
+        plain.close()
+        file.storage = self
+        return file
 
 
 class Applier:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,46 +11,18 @@ import trio
 
 from cdp.recorder.overlay import Extent
 from cdp.recorder.process import Process
-from journal.segment import TEMPORARY
-from journal.storage import Buffer, Mode, RealFile, RealStorage
-from tests.cdp.recorder.support import MIB, Applier, NbdFailure, clients, new_disk, recorder
+from tests.cdp.recorder.support import (
+    MIB,
+    Applier,
+    FaultyStorage,
+    NbdFailure,
+    clients,
+    new_disk,
+    recorder,
+)
 
 SIZE = 8 * MIB
 Logged = Callable[..., None]
-
-
-class FaultyFile(RealFile):
-    """A file whose writes and syncs fail when its storage says so."""
-
-    storage: FaultyStorage
-
-    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        if self.storage.write_error:
-            raise OSError(self.storage.write_error, os.strerror(self.storage.write_error))
-        super().write(offset, buffers)
-
-    def sync(self) -> None:
-        self.storage.syncs += 1
-        if self.storage.sync_error:
-            raise OSError(self.storage.sync_error, os.strerror(self.storage.sync_error))
-        super().sync()
-
-
-class FaultyStorage(RealStorage):
-    """The journal's directory, failing on demand."""
-
-    write_error = 0
-    sync_error = 0
-    syncs = 0
-
-    def open(self, name: str, mode: Mode) -> RealFile:
-        if mode == "create" and self.write_error and not name.endswith(TEMPORARY):
-            raise OSError(self.write_error, os.strerror(self.write_error))
-        plain = super().open(name, mode)
-        file = FaultyFile(os.dup(plain.fileno()))
-        plain.close()
-        file.storage = self
-        return file
 
 
 async def exited(process: Process) -> None:
@@ -121,48 +92,6 @@ async def test_a_failed_append_poisons(short_tmp: Path, expect_log: Logged) -> N
                 assert caught.value.code == 5
             await exited(process)
     assert process.exit_code == 1
-
-
-async def test_no_space_is_said_and_survived(short_tmp: Path) -> None:
-    config = new_disk(short_tmp, SIZE)
-    storage = FaultyStorage(Path(config.journal))
-    async with recorder(short_tmp, config, storage=storage) as process:
-        async with clients(process, "unix") as (client,):
-            await client.write(0, b"a" * 4096)
-            storage.write_error = errno.ENOSPC
-            for call in (
-                client.write(0, b"b" * 4096), client.write(100, b"b" * 100),
-                client.zeroes(0, MIB), client.trim(0, MIB), client.write(0, b"b" * 4096, 1),
-            ):  # fmt: skip
-                with pytest.raises(NbdFailure) as caught:
-                    await call
-                assert caught.value.code == 28
-            assert await client.read(0, 8192) == b"a" * 4096 + bytes(4096)
-            assert "free some on the journal's file system" in process.status()["trouble"]
-            assert process.recorder.frontier.redo_refused == 5  # the curator hears of it
-            await client.flush()
-            storage.write_error = 0
-            await client.write(4096, b"c" * 4096)
-            assert await client.read(0, 8192) == b"a" * 4096 + b"c" * 4096
-            assert process.recorder.writer.last_seq == 2
-            assert process.status()["trouble"] is None
-    assert process.exit_code == 0
-
-
-async def test_no_space_for_a_new_segment(short_tmp: Path) -> None:
-    config = new_disk(short_tmp, SIZE)
-    storage = FaultyStorage(Path(config.journal))
-    async with recorder(short_tmp, config, storage=storage) as process:
-        async with clients(process, "unix") as (client,):
-            data = os.urandom(MIB // 2)
-            await client.write(0, data)
-            storage.write_error = errno.EDQUOT
-            with pytest.raises(NbdFailure) as caught:
-                await client.write(MIB, data)
-            assert caught.value.code == 28
-            storage.write_error = 0
-            await client.write(MIB, data)
-            assert await client.read(MIB, MIB // 2) == data
 
 
 def damage(process: Process, block: int) -> None:
