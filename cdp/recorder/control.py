@@ -58,6 +58,8 @@ EXPORT_FLAGS: Final = (
 )
 META_CONTEXTS: Final = (NBD_META_BASE_ALLOCATION,)
 WAIT_SECONDS: Final = 0.02
+# At its limit a journal has no room for a moment now and then.
+HELD_SECONDS_MIN: Final = 1.0
 _ALWAYS: Final = frozenset({"hello", "status", "stop"})
 
 
@@ -193,9 +195,12 @@ class Service:
 
     def _expect_space(self) -> None:
         """Whoever waits for space is not cut off for something that will find none, either."""
-        why = self._process.recorder.no_space.why
+        name, no_space = self._process.config.name, self._process.recorder.no_space
+        why = no_space.why
+        if no_space.seconds >= HELD_SECONDS_MIN:
+            why = why or f"the journal has no room, and 'cdp status {name}' says why"
         if why is not None:
-            raise Conflict(f"writes to {self._process.config.name} wait: {why}")
+            raise Conflict(f"writes to {name} wait: {why}")
 
     async def _durable(self, seq: int) -> None:
         recorder = self._process.recorder
