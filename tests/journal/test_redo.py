@@ -351,6 +351,28 @@ def test_what_was_refused_leaves_nothing_behind(storage: SimStorage, left: int) 
     assert write(writer, 1, 2).first_seq == 3
 
 
+@pytest.mark.parametrize("code", [0, errno.EDQUOT])
+def test_zeroes_ahead_are_given_up_before_a_batch_is_refused(
+    storage: SimStorage, code: int
+) -> None:
+    writer = writer_on(storage, segment_bytes=1 << 20)
+    room = 3 * 4096
+    storage.space = storage.used() + room
+    if code:
+        storage.faults["write", storage.counts["write"] + 1] = code
+    for seq in (1, 2):
+        assert write(writer, seq).first_seq == seq
+    with pytest.raises(JournalFull):
+        write(writer, 3, 4)
+    storage.space = 1 << 40
+    assert write(writer, 3).first_seq == 3
+    assert writer.sync() == 3
+    found = recover(
+        storage.crash(), DISK, durable_hint=3, applied_hint=0, stamp=30, identity=identities()
+    )
+    assert (found.lost, found.start.segment.header.cut) == (None, 3)
+
+
 def test_a_footer_without_space_is_written_later(storage: SimStorage) -> None:
     writer = writer_on(storage)
     write(writer, *range(6))
