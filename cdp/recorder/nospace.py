@@ -60,7 +60,7 @@ class NoSpace:
     """See the module. Times are ns of CLOCK_BOOTTIME.
 
     ``since``: when writes began to wait for room in the journal, or for space; 0: none do.
-    ``why``: the error, if it is space.
+    ``why``: the error, if it is space. ``ending``: a clean stop has begun.
     """
 
     def __init__(self, recorder: Recorder, now: Callable[[], int]) -> None:
@@ -68,7 +68,7 @@ class NoSpace:
         self._kept: Kept | None = None
         self._again = 0
         self._said_at = -SAID_NS
-        self._ending = False
+        self.ending = False
         self.since = 0
         self.why: str | None = None
 
@@ -97,7 +97,7 @@ class NoSpace:
     def keep(self, connection: Connection, batch: Batch, error: JournalFull) -> None:
         """The same of a batch that was built; it is taken over, and the caller's is empty."""
         assert self._kept is None
-        if self._ending:
+        if self.ending:
             batch.clear()
             return
         kept = self._kept = Kept(connection, batch.take_over())
@@ -162,7 +162,7 @@ class NoSpace:
 
     def end(self) -> None:
         """A clean stop: what waits was never acknowledged, and is given up; so is what comes."""
-        self._ending = True
+        self.ending = True
         if self._kept is not None:
             self._recorder.statistics.discarded_requests += self._kept.connection.held
         self._release()

@@ -151,6 +151,8 @@ class Process:
             return str(self.recorder.poisoned)
         if self.stopping.is_set():
             return "it is being stopped"
+        if self.rollbacks.trouble is not None:
+            return f"it is being rolled back, and that waits: {self.rollbacks.trouble}"
         if self.preparing or not self.rollbacks.serving:
             return "it is being rolled back: served again when that is applied"
         if self.gap:

@@ -21,7 +21,7 @@ import trio
 from pyroaring import BitMap
 
 from journal.bitmaps import blocks_of
-from journal.errors import Conflict, InvalidInput
+from journal.errors import Conflict, InvalidInput, JournalFull
 from journal.format import Kind
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 REFS_PER_BATCH: Final = 4096
 _NBLOCKS_MAX: Final = (1 << 32) - 1
 _TRIPLE: Final = np.dtype([("start", "<u8"), ("nblocks", "<u8"), ("source", "<u8")])
+# What closes a rollback is tried again so often while there is no space for it.
+RETRY_SECONDS: Final = 0.2
 # A commit may be asked for twice: so many ids of the past are remembered.
 REMEMBERED_MAX: Final = 16
 
@@ -116,12 +118,16 @@ def entries_of(plan: np.ndarray, remainder: Ranges, to_seq: int) -> Iterator[lis
 
 
 class Rollbacks:
-    """The rollback of one disk, if any. ``unapplied``: served again once `applied` is there."""
+    """The rollback of one disk, if any. ``unapplied``: served again once `applied` is there.
+    ``trouble``: why it cannot be closed.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self.open: Open | None = None
         self.unapplied = 0
+        self.trouble: str | None = None
+        self._closing = trio.Lock()
         self._committed: dict[str, int] = {}
 
     @property
@@ -138,6 +144,8 @@ class Rollbacks:
     ) -> Open:
         """Append begin and refs and make them durable; nobody is served meanwhile.
 
+        :raises JournalFull: there is no space; if it is open, `abort` comes next.
+
         Not to be cancelled: the caller shields it.
         """
         recorder = self._recorder
@@ -151,6 +159,8 @@ class Rollbacks:
                 self.open.last_seq = recorder.append_refs(entries)
                 await trio.lowlevel.checkpoint()
             await self._durable()
+        except JournalFull:
+            raise  # who asked for it hears that, and has it aborted
         except BaseException:
             if recorder.poisoned is None:
                 await self.abort(identity)
@@ -159,27 +169,44 @@ class Rollbacks:
 
     async def commit(self, identity: str) -> int:
         """Close it: from here on the refs are versions. Durable when this returns; its seq."""
-        if identity in self._committed:
-            await self._durable()
-            return self._committed[identity]
-        current = self._expect(identity)
-        recorder = self._recorder
-        seq, _ = recorder.append_control(Kind.ROLLBACK_COMMIT, {"id": identity})
-        recorder.tell_refs(current.refs, seq)
-        self.unapplied = seq
-        self.open = None
-        self._committed[identity] = seq
-        while len(self._committed) > REMEMBERED_MAX:
-            del self._committed[next(iter(self._committed))]
+        async with self._closing:
+            if identity not in self._committed:
+                current = self._expect(identity)
+                seq = await self._close(Kind.ROLLBACK_COMMIT, identity)
+                self._recorder.tell_refs(current.refs, seq)
+                self.unapplied = seq
+                self.open = None
+                self._committed[identity] = seq
+                while len(self._committed) > REMEMBERED_MAX:
+                    del self._committed[next(iter(self._committed))]
+            seq = self._committed[identity]
         await self._durable()
         return seq
 
     async def abort(self, identity: str) -> None:
         """Close it: its refs are no versions anywhere."""
-        self._expect(identity)
-        self._recorder.append_control(Kind.ROLLBACK_ABORT, {"id": identity})
-        self.open = None
+        async with self._closing:
+            self._expect(identity)
+            await self._close(Kind.ROLLBACK_ABORT, identity)
+            self.open = None
         await self._durable()
+
+    async def _close(self, kind: Kind, identity: str) -> int:
+        """Append the record that closes it, as soon as there is space for it; its seq.
+
+        :raises JournalFull: there is none, and the process ends. Its successor decides.
+        """
+        while True:
+            try:
+                seq, _ = self._recorder.append_control(kind, {"id": identity})
+            except JournalFull as error:
+                self.trouble = str(error)
+                if self._recorder.no_space.ending:
+                    raise
+                await trio.sleep(RETRY_SECONDS)
+            else:
+                self.trouble = None
+                return seq
 
     def _expect(self, identity: str) -> Open:
         if self.open is None or self.open.id != identity:

@@ -30,7 +30,8 @@ DISK = {
     "poisoned", "degraded", "last_seq", "durable_seq", "applied_seq", "floor_seq", "window_start",
     "window_start_seq", "window_seconds", "window_configured", "journal_bytes", "journal_limit",
     "redo_bytes", "undo_bytes", "index_bytes", "overflow", "lag_seconds", "lag_bytes",
-    "apply_lag_bytes", "apply_lag_records", "connections", "views", "bookmarks", "restarts",
+    "apply_lag_bytes", "apply_lag_records", "held_seconds", "connections", "views", "bookmarks",
+    "restarts",
 }  # fmt: skip
 MAY_BE_NULL = {"reason", "window_start", "window_configured"}
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import random
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import trio
 
 from cdp.config import DiskConfig
-from cdp.recorder import changes, nospace
+from cdp.recorder import changes, nospace, rollback
 from cdp.recorder.connection import Connection
 from cdp.recorder.process import Process
 from cdp.rpc import RpcClient
@@ -81,6 +82,7 @@ async def serving(config: DiskConfig, directory: Path) -> AsyncIterator[World]:
 @pytest.fixture
 def config(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> DiskConfig:
     monkeypatch.setattr(nospace, "RETRY_NS", 5_000_000)
+    monkeypatch.setattr(rollback, "RETRY_SECONDS", 0.005)
     return new_disk(short_tmp, SIZE, sync_age_seconds=0.04)
 
 
@@ -414,9 +416,9 @@ async def test_administrators_are_told(world: World, short_tmp: Path) -> None:
             async with trio.open_nursery() as nursery:
                 Waiting(nursery, client.write, 0, NEW)
                 await world.refused()
-                rollback = {"id": "r", "to_seq": 0, "tip_seq": 1, "disconnect": True}
+                prepare = {"id": "r", "to_seq": 0, "tip_seq": 1, "disconnect": True}
                 for method, params in (
-                    ("rollback_prepare", rollback),
+                    ("rollback_prepare", prepare),
                     ("resize", {"size": 2 * SIZE}),
                     ("gap_begin", {}),
                 ):
@@ -426,6 +428,57 @@ async def test_administrators_are_told(world: World, short_tmp: Path) -> None:
                 assert not client.connection.closed
                 world.free()
             await rpc.call("bookmark", {"label": "again"})
+
+
+@pytest.mark.parametrize("end", ["abort", "commit", "stop"])
+async def test_a_rollback_is_closed_when_there_is_space(
+    world: World, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = world.process
+    async with clients(process, "unix") as (client,):
+        await client.write(0, OLD)
+        await client.disconnect()
+    append_refs = world.recorder.append_refs
+
+    def full_meanwhile(entries: list[int]) -> int:
+        if end == "abort":
+            world.fill()
+        return append_refs(entries)
+
+    monkeypatch.setattr(world.recorder, "append_refs", full_meanwhile)
+    plan = os.memfd_create("plan", os.MFD_CLOEXEC)
+    os.write(plan, struct.pack("=QQQ", 0, 1, 0))
+    async with await RpcClient.connect(process.child.socket) as rpc:
+        prepare = {"id": "r", "to_seq": 0, "tip_seq": 1}
+        if end == "abort":
+            with pytest.raises(CdpError, match=r"^no space to append .*: free some"):
+                await rpc.call("rollback_prepare", prepare, [plan])
+        else:
+            await rpc.call("rollback_prepare", prepare, [plan])
+            world.fill()
+        os.close(plan)
+        async with trio.open_nursery() as nursery:
+            if end == "stop":
+                with pytest.raises(CdpError, match="no space"):
+                    nursery.start_soon(stop_soon, world)
+                    await rpc.call("rollback_abort", {"id": "r"})
+                return
+            waiting = Waiting(nursery, rpc.call, f"rollback_{end}", {"id": "r"})
+            await world.tried_again()
+            says = "it is being rolled back, and that waits: no space"
+            assert says in (process.not_served() or "")
+            assert not waiting.done.is_set()
+            world.free()
+    if end == "abort":
+        async with clients(process, "unix") as (client,):
+            assert await client.read(0, BLOCK) == OLD
+    else:
+        assert process.not_served() == "it is being rolled back: served again when that is applied"
+
+
+async def stop_soon(world: World) -> None:
+    await world.refused()
+    world.process.stop()
 
 
 async def test_a_stop_does_not_wait_for_space(short_tmp: Path, config: DiskConfig) -> None:

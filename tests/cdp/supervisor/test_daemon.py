@@ -277,6 +277,29 @@ async def test_states(
         assert disk["reason"] == (recorder.get("reason") or curator.get("trouble"))
 
 
+async def test_writes_that_wait_for_space_outrank_what_else_is_wrong(
+    world: World, with_disks: WithDisks
+) -> None:
+    async with with_disks("disk0") as (_, control):
+        curator = {"degraded": True, "trouble": "apply is held: no space"}
+        world.disk().behave("curator", answers={"status": curator})
+        recorder = {"served": True, "held_seconds": 12.3, "trouble": "no space to append"}
+        world.disk().behave("recorder", answers={"status": recorder})
+        disk = await control.disk("disk0")
+        assert (disk["state"], disk["degraded"], disk["served"]) == ("throttled", True, True)
+        assert disk["held_seconds"] == 12.3
+        assert disk["reason"] == "writes have waited for 12 s: no space to append"
+        facts = await control.metrics()
+        assert 'cdp_disk_held_seconds{disk="disk0"} 12.3' in render(facts).decode()
+        # The curator has no room for them, and says why; for a moment only it is nothing special.
+        world.disk().behave("recorder", answers={"status": recorder | {"trouble": None}})
+        disk = await control.disk("disk0")
+        assert disk["reason"] == "writes have waited for 12 s: apply is held: no space"
+        shortly = {"served": True, "held_seconds": 0.3}
+        world.disk().behave("recorder", answers={"status": shortly})
+        assert (await control.disk("disk0"))["reason"] == "apply is held: no space"
+
+
 async def test_a_stuck_process_costs_a_scrape_a_moment_and_shows(
     world: World, with_disks: WithDisks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
