@@ -260,13 +260,16 @@ def test_durable_does_not_pass_a_segments_end_before_its_successor_is_there(
 
 
 @pytest.mark.parametrize("failing", [("sync", 1), ("sync", 2), ("sync_dir", 1), ("sync", 3)])
-def test_the_first_failed_sync_poisons(storage: SimStorage, failing: tuple[str, int]) -> None:
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_the_first_failed_sync_poisons(
+    storage: SimStorage, failing: tuple[str, int], code: int
+) -> None:
     """! The third sync here is that of a footer."""
     writer = writer_on(storage)
     write(writer, *range(6))
     write(writer, *range(3))
     call, number = failing
-    storage.faults[call, storage.counts[call] + number] = errno.EIO
+    storage.faults[call, storage.counts[call] + number] = code
     with pytest.raises(Poisoned, match="nothing is acknowledged"):
         writer.sync()
     assert writer.durable == (9 if failing == ("sync", 3) else 0)
