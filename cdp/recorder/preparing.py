@@ -110,4 +110,10 @@ class Preparing:
     def _may_go_on(self) -> bool:
         recorder = self._recorder
         quiet = recorder.tail.work * QUIET_PART <= recorder.tail.bound
-        return quiet and recorder.poisoned is None and not self._stopping
+        # While writes wait there is no space, whatever the file system says (btrfs does not know).
+        return (
+            quiet
+            and not recorder.no_space.since
+            and recorder.poisoned is None
+            and not self._stopping
+        )

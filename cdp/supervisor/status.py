@@ -143,13 +143,16 @@ def _reason(
 ) -> str | None:
     if silent > SILENT_SECONDS_MAX:
         return f"its recorder (process {disk.recorder.pid}) has not answered for {silent:.0f} s"
-    for child in (disk.recorder, disk.curator):
-        if child.reason is not None:
-            return f"{child.role}: {child.reason}"
-    said = (recorder.get("reason"), recorder.get("trouble"), curator.get("trouble"))
-    why = next(filter(None, said), disk.operation)
+    of_process = [
+        f"{child.role}: {child.reason}" if child.reason else None
+        for child in (disk.recorder, disk.curator)
+    ]
+    why = (
+        of_process[0] or recorder.get("trouble") or of_process[1] or recorder.get("reason")
+        or curator.get("trouble") or disk.operation
+    )  # fmt: skip
     held = float(recorder.get("held_seconds") or 0.0)
-    if held < HELD_SECONDS_MIN:
+    if held < HELD_SECONDS_MIN or of_process[0]:
         return why
     return f"writes have waited for {held:.0f} s: {why or 'the journal has no room'}"
 

@@ -69,6 +69,9 @@ async def test_it_is_for_quiet_times_with_plenty_of_room(
         tail.total += tail.bound // 2
         assert not mine.step()
         tail.total -= tail.bound // 2
+        process.recorder.no_space.since = 1
+        assert not mine.step()
+        process.recorder.no_space.since = 0
         assert mine.step()
         assert len(spares) == 1
         available = preparing.SPACE_SEGMENTS_MIN * MIB - 1

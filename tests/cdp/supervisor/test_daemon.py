@@ -280,7 +280,7 @@ async def test_states(
 async def test_writes_that_wait_for_space_outrank_what_else_is_wrong(
     world: World, with_disks: WithDisks
 ) -> None:
-    async with with_disks("disk0") as (_, control):
+    async with with_disks("disk0") as (daemon, control):
         curator = {"degraded": True, "trouble": "apply is held: no space"}
         world.disk().behave("curator", answers={"status": curator})
         recorder = {"served": True, "held_seconds": 12.3, "trouble": "no space to append"}
@@ -291,6 +291,10 @@ async def test_writes_that_wait_for_space_outrank_what_else_is_wrong(
         assert disk["reason"] == "writes have waited for 12 s: no space to append"
         facts = await control.metrics()
         assert 'cdp_disk_held_seconds{disk="disk0"} 12.3' in render(facts).decode()
+        # What became of the curator comes after what the recorder knows.
+        daemon.disks["disk0"].curator.reason = "its process ended"
+        assert (await control.disk("disk0"))["reason"] == disk["reason"]
+        daemon.disks["disk0"].curator.reason = None
         # The curator has no room for them, and says why; for a moment only it is nothing special.
         world.disk().behave("recorder", answers={"status": recorder | {"trouble": None}})
         disk = await control.disk("disk0")
