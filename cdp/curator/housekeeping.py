@@ -57,6 +57,7 @@ class Housekeeping:
         self._last_shrink = self._last_shrink_log = -SHRINK_LOG_NS
         self._window_edge = -(1 << 62)
         self._freeing = False
+        self._short = False  # something could not be given up for lack of space
         self._garbage: dict[int, tuple[Openable, float]] = {}
         # Segments that could not be given up: when, and whether that was for lack of space.
         self._stuck: dict[str, tuple[Openable, bool]] = {}
@@ -65,6 +66,10 @@ class Housekeeping:
         """The next bit, if it is time; whether there was one."""
         if now - self._last < INTERVAL_NS and not self._freeing and not self._filling(now):
             return False
+        if self._short:
+            self._short = False
+            if self._engine.space.release_reserve():  # rather than more history
+                self._engine.retry()
         if now - self._last_care >= INTERVAL_NS:
             self._last_care = now
             self.care_for_space()
@@ -156,12 +161,20 @@ class Housekeeping:
             raise
         except (Corruption, JournalFull, OSError) as error:
             self._stuck[name] = openable, isinstance(error, JournalFull)
+            if isinstance(error, JournalFull):
+                self._short = True
+                self._hold_writers()
             raise
         if done:
             self._stuck.pop(name, None)
             self.refused = False
             self._engine.retry()
         return done
+
+    def _hold_writers(self) -> None:
+        """At once, so that they have seen it when the reserve is given away for making space."""
+        frontier = self._engine.frontier
+        frontier.redo_bytes_max = max(1, frontier.redo_bytes)
 
     def forget_failures(self) -> None:
         """What could not be given up for lack of space is tried again."""

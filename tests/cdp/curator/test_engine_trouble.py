@@ -235,6 +235,34 @@ def test_the_reserve_is_used_after_the_recorder_was_held(world: World) -> None:
     assert len(world.sim.live["reserve"].live) == reserved
 
 
+@pytest.mark.expect_log("file system is full|history before seq|is held: no space|kept in reserve")
+def test_the_reserve_is_used_before_all_history_is_given_up(world: World) -> None:
+    """! To give up a segment needs a little space when a bookmark needs something of it. Without
+    that history was given up to the end, and nothing came of it: writers waited for ever.
+    """
+    for block in range(world.blocks):
+        world.write(block)
+    world.bookmark()
+    for number in range(40):
+        world.write(number % world.blocks)
+        world.sync()
+        step(world)
+    rest(world)
+    segments = len(world.running.redo.segments())
+    assert "reserve" in world.sim.live
+    world.sim.space = world.sim.used()
+    world.running.space.available = lambda: world.sim.space - world.sim.used()
+    world.frontier.redo_refused += 1
+    for _ in range(30):
+        if "reserve" in world.sim.live:
+            world.sim.space = world.sim.used()  # others take what else becomes free
+        step(world, 0.15)
+    assert len(world.running.redo.segments()) < segments
+    assert world.frontier.redo_bytes_max > world.frontier.redo_bytes
+    assert world.running.catalog.window_start < world.frontier.durable
+    check(world)
+
+
 @pytest.mark.expect_log("file system is full|history before seq")
 def test_history_goes_when_the_recorder_was_refused_space(world: World) -> None:
     """Policy `shrink`; and without a refusal none goes, however full the file system is."""
