@@ -24,6 +24,7 @@ class Daemon:
 
     def __init__(self, directory: Path, *options: str) -> None:
         self.directory, self.options = directory, options
+        self.prefix: list[str] = []  # a command that executes the one behind it, in its own place
         self.process: subprocess.Popen[bytes] | None = None
         self.log = directory.with_name(directory.name + ".log")
 
@@ -32,8 +33,8 @@ class Daemon:
         """Until it says ready."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cdp.supervisor.main", "--state-dir", str(self.directory),
-                 *self.options],
+                [*self.prefix, sys.executable, "-m", "cdp.supervisor.main",
+                 "--state-dir", str(self.directory), *self.options],
                 stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         self._wait_ready()

@@ -15,6 +15,7 @@ import pytest
 from cdp.nbd.client import NbdClient, NbdNegotiationError, NbdServerError
 from tests.interop.commands import Commands, eventually
 from tests.interop.daemon import Daemon
+from tests.interop.devices import loop_device
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -426,7 +427,6 @@ def test_what_the_api_offers_a_device_that_is_too_small(
     shared: Daemon, cdp: Commands, tmp_path: Path, not_here: Callable[[str], Any]
 ) -> None:
     """A disk on a device cannot become larger than it."""
-    from tests.interop.test_bad_input import loop_device
 
     if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
         not_here("needs root and loop devices")

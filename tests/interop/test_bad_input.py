@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cdp.nbd.client import NbdClient, NbdNegotiationError, NbdServerError
 from cdp.nbd.uri import format_uri
 from tests.interop.commands import Commands
 from tests.interop.daemon import Daemon
+from tests.interop.devices import loop_device
 
 MIB = 1 << 20
 SIZE = MIB
@@ -153,18 +154,6 @@ def test_a_backing_that_somebody_else_has_locked(cdp: Commands, tmp_path: Path) 
         says = "is in use by another program: stop that first"
         cdp.refused("disk", "add", "new", "--backing", str(image), says=says)
         holder.stdin.close()
-
-
-@contextmanager
-def loop_device(image: Path) -> Iterator[str]:
-    """A loop device on a file."""
-    done = subprocess.run(
-        ["losetup", "--find", "--show", image], capture_output=True, text=True, check=True
-    )
-    try:
-        yield done.stdout.strip()
-    finally:
-        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
 
 
 @pytest.mark.needs_tool("losetup", "mkfs.ext4")

@@ -5,78 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.interop.daemon import Daemon
+from tests.interop.devices import CHECK, MAKE, call, device, mounted
 
 SIZE = 384 << 20
 FILES = 120
-MAKE = {
-    "ext4": ["mkfs.ext4", "-q", "-F"],
-    "xfs": ["mkfs.xfs", "-q", "-f"],
-    "btrfs": ["mkfs.btrfs", "-q", "-f"],
-}
-CHECK = {
-    "ext4": ["e2fsck", "-f", "-n"],
-    "xfs": ["xfs_repair", "-n"],
-    "btrfs": ["btrfs", "check", "--readonly"],
-}
-WAIT_SECONDS = 20.0
-
-
-def call(*command: str) -> str:
-    """Run a tool that must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
-    return done.stdout
-
-
-def wait_for(holds: Callable[[], bool], what: str) -> None:
-    """Until something holds that another process brings about."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, what
-        os.sched_yield()
-
-
-@contextmanager
-def device(uri: str, folder: Path, *, read_only: bool = False) -> Iterator[str]:
-    """A loop device of the kernel on an NBD export."""
-    folder.mkdir(exist_ok=True)
-    file = folder / "disk"
-    file.touch()
-    options = ["--readonly"] if read_only else []
-    fuse = subprocess.Popen(["nbdfuse", *options, str(file), uri])
-    try:
-        wait_for(lambda: file.stat().st_size > 0, "nbdfuse does not come up")
-        ro = ["--read-only"] if read_only else []
-        loop = call("losetup", "--find", "--show", *ro, str(file)).strip()
-        try:
-            yield loop
-        finally:
-            call("losetup", "--detach", loop)
-            wait_for(lambda: not Path(f"/sys/block/{loop[5:]}/loop").exists(), "loop stays")
-    finally:
-        call("fusermount3", "-u", str(file))
-        fuse.wait(WAIT_SECONDS)
-
-
-@contextmanager
-def mounted(loop: str, place: Path, *options: str) -> Iterator[Path]:
-    """The file system on a device."""
-    place.mkdir(exist_ok=True)
-    call("mount", *options, loop, str(place))
-    try:
-        yield place
-    finally:
-        call("umount", str(place))
 
 
 def sums(root: Path) -> dict[str, str]:
