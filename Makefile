@@ -5,19 +5,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 STAMP := $(VENV)/.installed-dev
+# Tests run in several processes; many more would only wait for the disk.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 LINT := $(wildcard journal replay cdp bench tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test lint format bench test-vm fuzz clean
+.PHONY: help setup packages demo test lint format bench test-crash test-vm fuzz clean
 
 help:
-	@echo "make demo      a disk protected, damaged and rolled back, in a minute; no root needed"
-	@echo "make test      the test suite, installing what it needs"
-	@echo "make lint      ruff, mypy and the layering contracts"
-	@echo "make bench     measurements; see bench/README.md"
-	@echo "make test-vm   kernel client and file systems in a guest under qemu"
-	@echo "make fuzz      open-ended search, up to an hour"
-	@echo "make clean     removes environments and caches"
+	@echo "make demo        a disk protected, damaged and rolled back, in a minute; no root needed"
+	@echo "make test        the test suite, installing what it needs"
+	@echo "make lint        ruff, mypy and the layering contracts"
+	@echo "make bench       measurements; see bench/README.md"
+	@echo "make test-crash  power cuts, kills and damage at every place; hours"
+	@echo "make test-vm     kernel client and file systems in a guest under qemu"
+	@echo "make fuzz        open-ended search, up to an hour"
+	@echo "make clean       removes environments and caches"
 
 # A venv that exists but is not stamped is completed, not recreated.
 $(RUNTIME): pyproject.toml
@@ -50,7 +53,7 @@ demo: $(RUNTIME)
 	@$(BIN)/python -m cdp.demo
 
 test: setup
-	$(BIN)/python -m pytest -q -m 'not vm and not fuzz' $(ARGS)
+	$(BIN)/python -m pytest -q -m 'not vm and not fuzz' $(WORKERS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(LINT)
@@ -64,6 +67,9 @@ format: $(STAMP)
 
 bench: setup
 	$(BIN)/python bench/run.py $(ARGS)
+
+test-crash: setup
+	CDP_CRASH_FULL=1 $(BIN)/python -m pytest -q -m crash --timeout 7200 $(WORKERS) $(ARGS) tests/crash
 
 test-vm: setup
 	@deploy/install-packages deploy/debian-packages-vm.txt
