@@ -39,6 +39,7 @@ from typing import Any, Final
 import msgspec
 import trio
 
+from cdp.sockets import accept
 from cdp.unix_sockets import bind_socket, socket_address
 from journal.errors import Busy, CdpError, Conflict, InvalidInput, NotFound, NotOpenable
 
@@ -49,11 +50,6 @@ SPILLED_BYTES_MAX: Final = 256 * 1024 * 1024
 FDS_MAX: Final = 16
 CALLS_MAX: Final = 256
 EVENTS_MAX: Final = 64
-# Nothing is left of something; it may come back.
-ACCEPT_RETRY_ERRNOS: Final = frozenset(
-    {errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-)
-ACCEPT_RETRY_SECONDS: Final = 0.1
 GONE_ERRNOS: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
@@ -399,14 +395,7 @@ class RpcServer:
             async with trio.open_nursery() as nursery:
                 task_status.started()
                 while True:
-                    try:
-                        sock, _ = await listener.accept()
-                    except OSError as error:
-                        if error.errno not in ACCEPT_RETRY_ERRNOS:
-                            raise
-                        log.error("no client can connect to %s: %s", path.name, error)
-                        await trio.sleep(ACCEPT_RETRY_SECONDS)
-                        continue
+                    sock = await accept(listener, path.name)
                     nursery.start_soon(self._serve_client, sock, handlers)
 
     async def _serve_client(

@@ -47,7 +47,7 @@ from cdp.nbd.wire import (
     NBD_REP_ERR_POLICY,
     NBD_REP_ERR_UNKNOWN,
 )
-from cdp.rpc import ACCEPT_RETRY_ERRNOS, ACCEPT_RETRY_SECONDS
+from cdp.sockets import accept
 from cdp.supervisor.bookmarks import Bookmarks
 from cdp.supervisor.disk import Disk
 from cdp.supervisor.views import View, Views
@@ -111,14 +111,7 @@ class FrontDoor:
         with trio.socket.from_stdlib_socket(listener) as accepting:
             async with trio.open_nursery() as nursery:
                 while True:
-                    try:
-                        sock, _ = await accepting.accept()
-                    except OSError as error:
-                        if error.errno not in ACCEPT_RETRY_ERRNOS:
-                            raise
-                        log.error("no NBD client can connect: %s", error.strerror)
-                        await trio.sleep(ACCEPT_RETRY_SECONDS)
-                        continue
+                    sock = await accept(accepting, "NBD")
                     if self._is_full():
                         self.errors["limit"] += 1
                         sock.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,14 +15,18 @@ from typing import Final
 import sdnotify
 import trio
 
-from cdp.config import load_daemon
+from cdp.config import LimitsConfig, load_daemon
 from cdp.supervisor.daemon import Daemon, Options
 from journal.errors import CdpError, InvalidInput
+from journal.limits import FILES_OPEN_MAX
 
 log = logging.getLogger(__name__)
 
 LOG_LEVEL_VARIABLE: Final = "CDP_LOG_LEVEL"
 STATUS_INTERRUPTED: Final = 1
+# What a process has open besides connections: segments of both logs, one overlay for each view,
+# and the index, sockets and pages.
+OTHER_FILES: Final = 2 * FILES_OPEN_MAX + 64
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
@@ -73,6 +78,25 @@ def _set_up_logging() -> None:
     )
 
 
+def _provide_open_files(limits: LimitsConfig) -> None:
+    """See that every process may open as many files as it needs at the most.
+
+    One that runs out of them halfway cannot begin a segment, nor be told of a client.
+
+    :raises InvalidInput: they are not allowed.
+    """
+    needed = limits.nbd_connections + limits.views + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < needed:
+        if hard != unlimited and hard < needed:
+            raise InvalidInput(
+                f"limits.nbd-connections={limits.nbd_connections} needs {needed} open files, and "
+                f"{hard} are allowed: raise LimitNOFILE (ulimit -n), or lower the limit"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 async def _run(options: Options) -> int:
     notifier = sdnotify.SystemdNotifier()
     status = 0
@@ -113,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     _set_up_logging()
     try:
-        return trio.run(_run, parse_arguments(arguments))
+        options = parse_arguments(arguments)
+        _provide_open_files(options.config.limits)
+        return trio.run(_run, options)
     except CdpError as error:
         print(f"cdpd: {error}", file=sys.stderr)
         return 1

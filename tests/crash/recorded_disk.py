@@ -65,11 +65,11 @@ class Recording:
             f"log.driver=file,log.filename={self.log}"
         )
         server = subprocess.Popen(
-            ["qemu-nbd", "--persistent", "--shared=4", f"--socket={socket}", "--image-opts",
-             options],
+            ["qemu-nbd", "--persistent", "--shared=4", f"--socket={socket}",
+             f"--pid-file={folder}/qemu-nbd.pid", "--image-opts", options],
         )  # fmt: skip
         try:
-            wait_for(socket.exists, "qemu-nbd does not come up")
+            wait_for((folder / "qemu-nbd.pid").exists, "qemu-nbd does not come up")
             with device(f"nbd+unix:///?socket={socket}", folder / "fuse") as loop:
                 yield loop
         finally:

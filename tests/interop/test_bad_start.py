@@ -58,6 +58,15 @@ def taken() -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
+def test_too_few_open_files_are_allowed(
+    cdpd: Start, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = "limits.nbd-connections=256 needs 896 open files, and 512 are allowed: raise"
+    monkeypatch.setattr("resource.getrlimit", lambda _: (256, 512))
+    cdpd.refused("--state-dir", short_tmp / "state", says=says)
+    assert not (short_tmp / "state").exists()
+
+
 def test_addresses_that_cannot_be_listened_on(cdpd: Start, short_tmp: Path, taken: int) -> None:
     open_to_all = "everybody who can reach .*: use 127.0.0.1, or say --allow-remote-without-tls"
     for words, says in [
