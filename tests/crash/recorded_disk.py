@@ -111,6 +111,10 @@ class Cutter:
         shutil.move(recording.base, self._stable)
         self._image = os.open(self._stable, os.O_RDWR)
         self._applied = 0  # entries that are in it
+        # How many are on the medium for sure, after each number of entries.
+        self._flushed = [0]
+        for number, entry in enumerate(self._entries, 1):
+            self._flushed.append(number if entry.flush else self._flushed[-1])
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -121,9 +125,9 @@ class Cutter:
         os.close(self._image)
         self._stable.unlink()
 
-    def flushes(self) -> list[int]:
-        """After how many requests the device was flushed."""
-        return [n + 1 for n, entry in enumerate(self._entries) if entry.flush]
+    def at_stake(self, cut: int) -> int:
+        """How many entries a cut after so many can take; 0 behind a flush."""
+        return cut - self._flushed[cut]
 
     def first(self, position: int) -> int:
         """The number of entries in front of a position of the log."""
@@ -133,26 +137,24 @@ class Cutter:
         """The position of the log up to which the device got requests."""
         return self._entries[cut - 1].end if cut else 0
 
-    def cut(self, cut: int, target: Path, rng: random.Random) -> int:
-        """An image after ``cut`` entries; the number of entries that were at stake."""
-        flushed = max((n + 1 for n in range(cut) if self._entries[n].flush), default=0)
+    def cut(self, cut: int, target: Path, rng: random.Random) -> None:
+        """An image after ``cut`` entries."""
+        flushed = self._flushed[cut]
         assert flushed >= self._applied, "cuts come in order"
         for entry in self._entries[self._applied : flushed]:
             self._apply(self._image, entry)
         self._applied = flushed
         copy(self._stable, target)
-        at_stake = self._entries[flushed:cut]
         # Most cuts lose some, some lose nearly all or nearly nothing.
         kept = rng.choice((0.0, 0.1, 0.5, 0.5, 0.9, 1.0))
         image = os.open(target, os.O_RDWR)
         try:
-            for entry in at_stake:
+            for entry in self._entries[flushed:cut]:
                 if entry.fua or rng.random() < kept:
                     torn = not entry.fua and rng.random() < 0.2
                     self._apply(image, entry, rng if torn else None)
         finally:
             os.close(image)
-        return len(at_stake)
 
     def _apply(self, image: int, entry: Entry, torn: random.Random | None = None) -> None:
         if not entry.length:

@@ -12,35 +12,38 @@ from __future__ import annotations
 
 import os
 import random
-import time
 import uuid
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cdp.nbd.client import NbdClient, NbdNegotiationError, NbdServerError
+from cdp.nbd.client import NbdClient
+from tests.crash.numbered_disk import (
+    BLOCK,
+    SIZE,
+    Change,
+    State,
+    States,
+    connected,
+    numbers,
+    read,
+    read_point,
+)
 from tests.crash.recorded_disk import Cutter, Recording
 from tests.interop.commands import Commands
 from tests.interop.daemon import Daemon
 from tests.interop.devices import MAKE, call, loop_device, mounted
 
-BLOCK = 4096
-BLOCKS = 128
 MIB = 1 << 20
 FULL = bool(os.environ.get("CDP_CRASH_FULL"))
-CUTS = int(os.environ.get("CDP_POWER_CUTS", "500" if FULL else "8"))
+CUTS = int(os.environ.get("CDP_POWER_CUTS", "500" if FULL else "4"))
 SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
 SHARE = {"ext4": 0.75, "xfs": 0.25}
 POINTS = 6
-WAIT_SECONDS = 60.0
-GONE = (OSError, NbdServerError, NbdNegotiationError, EOFError)
 # What `$0` names takes the place of the kernel's name for this boot, for the command behind it.
 NEXT_BOOT = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
-
-State = tuple[int, ...]  # what each block holds: the number of the write, 0 for zeroes
 
 
 class Story:
@@ -48,7 +51,7 @@ class Story:
 
     def __init__(self, rng: random.Random, position: Callable[[], int]) -> None:
         self.rng, self._position = rng, position
-        self.states: list[State] = [(0,) * BLOCKS]
+        self.states = States()
         self.begun = [0]  # the position when each operation began
         self.safe: list[tuple[int, int]] = []  # from this position on, this operation must survive
         self.bookmarks: dict[str, tuple[int, int]] = {}  # the same, by label
@@ -56,11 +59,11 @@ class Story:
     def begin(self, state: State) -> None:
         """An operation begins that makes this of the disk."""
         self.begun.append(self._position())
-        self.states.append(state)
+        self.states.add(state)
 
     def flushed(self) -> None:
         """Everything so far was said to be durable."""
-        self.safe.append((self._position(), len(self.states) - 1))
+        self.safe.append((self._position(), self.states.last))
 
     def bookmark(self, cdp: Commands, label: str) -> None:
         """A bookmark of this moment."""
@@ -70,25 +73,13 @@ class Story:
 
     def write(self, client: NbdClient, count: int) -> None:
         """Operations of all kinds, one after the other."""
-        rng = self.rng
         for _ in range(count):
-            number, length = len(self.states), rng.randrange(1, 17)
-            start = rng.randrange(BLOCKS - length)
-            draw = rng.random()
-            value = 0 if draw < 0.15 else number
-            before = self.states[-1]
-            self.begin((*before[:start], *(value,) * length, *before[start + length :]))
-            at, size = start * BLOCK, length * BLOCK
-            fua = rng.random() < 0.02
-            if draw < 0.1:
-                client.trim(at, size, fua=fua)
-            elif draw < 0.15:
-                client.write_zeroes(at, size, fua=fua)
-            else:
-                client.write(at, number.to_bytes(8, "little") * (size // 8), fua=fua)
-            if fua:
+            change, number = Change.random(self.rng), self.states.last + 1
+            self.begin(change.after(self.states.newest, number))
+            change.send(client, number)
+            if change.fua:
                 self.flushed()
-            if rng.random() < 0.03:
+            if self.rng.random() < 0.03:
                 client.flush()
                 self.flushed()
 
@@ -101,47 +92,36 @@ class Story:
         return max(number for number, at in enumerate(self.begun) if at <= position)
 
 
-def live(daemon: Daemon, story: Story, name: str, count: int) -> None:
+def live(daemon: Daemon, story: Story, count: int) -> None:
     """Operations on the disk, once it is served."""
-    with connected(daemon, name) as client:
+    with connected(daemon, "d") as client:
         story.write(client, count)
-
-
-def connected(daemon: Daemon, name: str) -> NbdClient:
-    """A connection, as soon as there can be one."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            return NbdClient.connect(daemon.uri(name), timeout=WAIT_SECONDS)
-        except GONE:
-            assert time.monotonic() < deadline, daemon.said()
-            time.sleep(0.05)
 
 
 def live_through(daemon: Daemon, story: Story) -> None:
     """The disk's life, from its birth to a clean stop."""
     cdp = Commands(daemon.directory)
-    words = ["--size", str(BLOCKS * BLOCK), "--segment-bytes", "1M", "--journal-limit", "6M"]
+    words = ["--size", str(SIZE), "--segment-bytes", "1M", "--journal-limit", "6M"]
     cdp("disk", "add", "d", *words)
     story.flushed()
-    live(daemon, story, "d", 200)
+    live(daemon, story, 200)
     story.bookmark(cdp, "first")
-    live(daemon, story, "d", 300)
+    live(daemon, story, 300)
     back = story.states[story.bookmarks["first"][1]]
     story.begin(back)
     cdp("rollback", "d", "--to", "first", "--yes", "--disconnect")
     story.flushed()
-    live(daemon, story, "d", 200)
+    live(daemon, story, 200)
     story.bookmark(cdp, "second")
-    live(daemon, story, "d", 100)
+    live(daemon, story, 100)
     daemon.kill_all()
     daemon.start()
-    live(daemon, story, "d", 200)
-    story.begin(story.states[-1])
+    live(daemon, story, 200)
+    story.begin(story.states.newest)
     assert daemon.stop() == 0, daemon.said()
     story.flushed()
     daemon.start()
-    live(daemon, story, "d", 100)
+    live(daemon, story, 100)
     cdp("disk", "drain", "d")
     story.flushed()
     assert daemon.stop() == 0, daemon.said()
@@ -152,22 +132,19 @@ class Checker:
 
     def __init__(self, story: Story, rng: random.Random) -> None:
         self.story, self._rng = story, rng
-        self._numbers: dict[State, list[int]] = defaultdict(list)
-        for number, state in enumerate(story.states):
-            self._numbers[state].append(number)
 
     def check(self, daemon: Daemon, position: int) -> None:
         """The newest content, the past, the bookmarks, the backing alone."""
         story, cdp = self.story, Commands(daemon.directory)
         must, may = story.must(position), story.may(position)
-        live = self._between(read(daemon, "d"), must, may)
+        live = story.states.find(read(daemon, "d"), must, may)[-1]
         status = cdp.disk("d")
         for label, (at, number) in story.bookmarks.items():
             if at <= position:
                 assert read(daemon, f"d@{label}") == story.states[number], label
         self._points(daemon, int(status["window_start_seq"]), int(status["durable_seq"]), live)
         cdp("scrub", "d")
-        number = len(story.states)
+        number = story.states.last + 1
         with connected(daemon, "d") as client:
             client.write(0, number.to_bytes(8, "little") * (BLOCK // 8), fua=True)
         newest = (number, *story.states[live][1:])
@@ -177,61 +154,24 @@ class Checker:
         assert daemon.stop() == 0, daemon.said()
         assert numbers(backing.read_bytes()) == newest
 
-    def _between(self, state: State, least: int, most: int) -> int:
-        """The operation up to which this is the disk."""
-        found = [number for number in self._numbers[state] if least <= number <= most]
-        assert found, (
-            f"after operation {least} at least and {most} at most, "
-            f"but it is the state after {self._numbers[state]}: {state}"
-        )
-        return found[-1]
-
     def _points(self, daemon: Daemon, first: int, last: int, live: int) -> None:
         """Seqs of the window: each is a state of the story, none is older than the one before."""
-        story = self.story
         span = range(first, last + 1)
         at_least = 0
-        rolled_back = [number for number in range(1, len(story.states)) if self._is_return(number)]
         for seq in sorted(self._rng.sample(span, min(POINTS, len(span)))):
-            try:
-                state = read(daemon, f"d@seq:{seq}", patient=False)
-            except NbdNegotiationError:
-                continue  # in a hole, or inside a rollback
-            found = [n for n in self._numbers[state] if at_least <= n <= live]
-            assert found, (seq, self._numbers[state], at_least, live, rolled_back)
-            at_least = found[0]
-
-    def _is_return(self, number: int) -> bool:
-        return self.story.states[number] in self.story.states[: number - 1]
-
-
-def read(daemon: Daemon, export: str, *, patient: bool = True) -> State:
-    """All of an export."""
-    if patient:
-        client = connected(daemon, export)
-    else:
-        client = NbdClient.connect(daemon.uri(export), timeout=WAIT_SECONDS)
-    with client:
-        return numbers(client.read(0, BLOCKS * BLOCK))
-
-
-def numbers(content: bytes) -> State:
-    """What each block holds; fails if one is made of two."""
-    found = []
-    for at in range(0, len(content), BLOCK):
-        block = content[at : at + BLOCK]
-        assert block == block[:8] * (BLOCK // 8), f"block {at // BLOCK} is torn"
-        found.append(int.from_bytes(block[:8], "little"))
-    return tuple(found)
+            state = read_point(daemon, f"d@seq:{seq}")
+            if state is not None:  # else in a hole, or inside a rollback
+                at_least = self.story.states.find(state, at_least, live)[0]
 
 
 def choose(cutter: Cutter, story: Story, count: int, rng: random.Random) -> list[int]:
-    """Places to cut, in order: a third at flushes, the others anywhere."""
-    first = cutter.first(story.safe[0][0])
-    flushes = [n for n in cutter.flushes() if n > first]
-    third = rng.sample(flushes, min(len(flushes), count // 3))
-    anywhere = rng.sample(range(first, len(cutter) + 1), count - len(third))
-    return sorted(third + anywhere)
+    """Places to cut, in order: a quarter at flushes, the others where something is at stake."""
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for cut in range(cutter.first(story.safe[0][0]), len(cutter) + 1):
+        places[cutter.at_stake(cut) > 0].append(cut)
+    assert places[True], "the device was never written to without a flush"
+    flushed = rng.sample(places[False], min(len(places[False]), count // 4))
+    return sorted(flushed + rng.sample(places[True], min(len(places[True]), count - len(flushed))))
 
 
 @pytest.fixture
@@ -242,7 +182,7 @@ def may_mount(not_here: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.crash
-@pytest.mark.timeout(7200 if FULL else 240)
+@pytest.mark.timeout(7200 if FULL else 120)
 @pytest.mark.usefixtures("may_mount")
 @pytest.mark.needs_tool("nbdfuse", "qemu-nbd", "losetup", "unshare", "mkfs.ext4", "mkfs.xfs")
 @pytest.mark.parametrize("kind", sorted(SIZES))
@@ -260,9 +200,8 @@ def test_what_was_flushed_survives_a_power_cut(short_tmp: Path, seed: int, kind:
         with daemon:
             live_through(daemon, story)
     cutter, checker = Cutter(recording), Checker(story, rng)
-    at_stake = 0
     for number in choose(cutter, story, round(CUTS * SHARE[kind]), rng):
-        at_stake += cutter.cut(number, image, rng)
+        cutter.cut(number, image, rng)
         boot = short_tmp / "boot"
         boot.write_text(f"{uuid.UUID(int=rng.getrandbits(128))}\n")
         with loop_device(image) as loop, mounted(loop, place):
@@ -274,8 +213,10 @@ def test_what_was_flushed_survives_a_power_cut(short_tmp: Path, seed: int, kind:
                 try:
                     checker.check(daemon, cutter.position(number))
                 except BaseException as error:
-                    error.add_note(f"cut after {number} of {len(cutter)} requests to the device")
+                    error.add_note(
+                        f"cut after {number} of {len(cutter)} requests to the device, "
+                        f"{cutter.at_stake(number)} at stake"
+                    )
                     error.add_note(daemon.said())
                     raise
     cutter.close()
-    assert at_stake, "no cut had anything at stake"
