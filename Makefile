@@ -10,7 +10,7 @@ WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 LINT := $(wildcard journal replay cdp bench tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test lint format bench test-crash test-vm fuzz clean
+.PHONY: help setup packages demo test lint format bench soak test-crash test-vm fuzz clean
 
 help:
 	@echo "make demo        a disk protected, damaged and rolled back, in a minute; no root needed"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint        ruff, mypy and the layering contracts"
 	@echo "make bench       measurements; see bench/README.md"
 	@echo "make test-crash  power cuts, kills and damage at every place; hours"
+	@echo "make soak        everything at once beside a model, ten minutes or ARGS=--minutes=600"
 	@echo "make test-vm     kernel client and file systems in a guest under qemu"
 	@echo "make fuzz        open-ended search, up to an hour"
 	@echo "make clean       removes environments and caches"
@@ -70,6 +71,9 @@ bench: setup
 
 test-crash: setup
 	CDP_CRASH_FULL=1 $(BIN)/python -m pytest -q -m crash --timeout 7200 $(WORKERS) $(ARGS) tests/crash
+
+soak: setup
+	$(BIN)/python -m tests.crash.soak $(ARGS)
 
 test-vm: setup
 	@deploy/install-packages deploy/debian-packages-vm.txt

@@ -10,10 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import random
-import socket
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,71 +21,13 @@ import pytest
 from cdp.nbd.client import NbdClient, NbdNegotiationError, NbdServerError
 from tests.interop.commands import Commands, eventually
 from tests.interop.daemon import Daemon
-from tests.interop.devices import MAKE, WAIT_SECONDS, call, device, mounted, wait_for
+from tests.interop.devices import call, mounted
+from tests.interop.faulty_device import Faulty, faulty
 
 MIB = 1 << 20
 SIZE = 4 * MIB
 CHUNK = 16 << 10
 GONE = (OSError, NbdServerError, NbdNegotiationError, EOFError)
-
-
-class Faulty:
-    """A loop device that can be told to fail or to hang."""
-
-    def __init__(self, folder: Path, image: Path) -> None:
-        self._folder = folder
-        self.image = image
-        self.loop = ""
-
-    def fails(self, *kinds: str) -> None:
-        """From now on these requests fail (pread, pwrite); none: all work again."""
-        for kind in ("pread", "pwrite"):
-            trigger = self._folder / f"fail-{kind}"
-            if kind in kinds:
-                trigger.touch()
-            else:
-                trigger.unlink(missing_ok=True)
-
-    def hangs(self, yes: bool) -> None:
-        """From now on no request is answered; or those that wait are, and all others."""
-        with socket.socket(socket.AF_UNIX) as control:
-            control.connect(str(self._folder / "pause.sock"))
-            control.sendall(b"p" if yes else b"r")
-            assert control.recv(1) == (b"P" if yes else b"R")
-
-
-@contextmanager
-def faulty(folder: Path, size: int, kind: str = "") -> Iterator[Faulty]:
-    """A device, with a file system if one is named."""
-    folder.mkdir()
-    image, server = folder / "image", folder / "nbd.sock"
-    with image.open("wb") as file:
-        file.truncate(size)
-    if kind:
-        call(*MAKE[kind], str(image))
-    errors = [
-        word
-        for name in ("pread", "pwrite")
-        for word in (f"error-{name}=EIO", f"error-{name}-rate=100%",
-                     f"error-{name}-file={folder}/fail-{name}")
-    ]  # fmt: skip
-    nbdkit = subprocess.Popen(
-        ["nbdkit", "--foreground", f"--unix={server}", f"--pidfile={folder}/pid",
-         "--filter=pause", "--filter=error", "file", str(image),
-         f"pause-control={folder}/pause.sock", *errors],
-    )  # fmt: skip
-    made = Faulty(folder, image)
-    try:
-        wait_for((folder / "pid").exists, "nbdkit does not come up")
-        with device(f"nbd+unix:///?socket={server}", folder / "fuse") as made.loop:
-            try:
-                yield made
-            finally:
-                made.fails()
-                made.hangs(False)
-    finally:
-        nbdkit.terminate()
-        nbdkit.wait(WAIT_SECONDS)
 
 
 @pytest.fixture
