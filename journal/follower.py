@@ -12,21 +12,13 @@ is shown up to the bound of the newest listing, whatever the caller's is.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final, Protocol
 
 from journal.errors import Corruption, Vanished
 from journal.format import Log
-from journal.limits import FILES_OPEN_MAX, TABLE_ROWS_CACHED_MAX
-from journal.segment import (
-    Scanner,
-    SegmentInfo,
-    SegmentLister,
-    Table,
-    load_footer,
-    open_segment,
-)
+from journal.segment import SegmentInfo, SegmentLister, Table
+from journal.segment_cache import SegmentCache
 from journal.storage import File, Storage
 
 _LISTINGS_MAX: Final = 1000
@@ -45,12 +37,9 @@ class RedoFollower:
     """A reader's view of the redo log."""
 
     def __init__(self, storage: Storage, disk: bytes, frontier: Durable) -> None:
-        self._storage, self._frontier = storage, frontier
+        self._frontier = frontier
         self._lister = SegmentLister(storage, Log.REDO, disk)
-        self._files: OrderedDict[int, File] = OrderedDict()
-        self._tables: OrderedDict[int, Table] = OrderedDict()
-        self._scanners: dict[int, Scanner] = {}
-        self._rows = 0
+        self.cache = SegmentCache(storage)
         self._bounds: dict[int, int] = {}
         self._listed: tuple[tuple[int, int], int] | None = None  # generations, durable
         self.bytes = 0  # of all files in the last listing, also those nobody may look into yet
@@ -77,7 +66,7 @@ class RedoFollower:
         self._listed = before, durable
         self._bounds = {info.segment: info.bound for info in infos}
         self.bytes = sum(info.size for info in infos)
-        self._forget({info.segment for info in infos})
+        self.cache.retain({info.segment for info in infos})
         return [
             info for info in infos if info.first_seq <= info.bound and info.first_seq <= durable + 1
         ]
@@ -87,15 +76,7 @@ class RedoFollower:
 
         :raises Vanished: it was reclaimed: take a new snapshot.
         """
-        file = self._files.get(info.segment)
-        if file is None:
-            file = self._files[info.segment] = open_segment(self._storage, info.name)
-            if len(self._files) > FILES_OPEN_MAX:
-                busy = self._scanners.keys() | {info.segment}
-                for number in [number for number in self._files if number not in busy][:1]:
-                    self._files.pop(number).close()
-        self._files.move_to_end(info.segment)
-        return file
+        return self.cache.file(info)
 
     def table(self, info: SegmentInfo) -> Table:
         """The segment's records up to what is durable and to the segment's bound.
@@ -108,25 +89,11 @@ class RedoFollower:
             durable = min(durable, self._listed[1])
         bound = min(info.bound, self._bounds.get(info.segment, info.bound))
         upto = min(durable, bound)
-        table = self._tables.get(info.segment)
-        if table is not None:
-            self._tables.move_to_end(info.segment)
-        elif info.sealed:
-            try:
-                table = load_footer(self.file(info), info).table
-            except Corruption:
-                pass  # the batches say the same; scrub reports the footer
-            else:
-                self._scanners.pop(info.segment, None)
-                self._keep(info.segment, table)
+        table = self.cache.table(info)
         if table is None:
-            scanner = self._scanners.get(info.segment)
-            if scanner is None:
-                scanner = self._scanners[info.segment] = Scanner(self.file(info), info)
-            table = scanner.advance(upto)
+            table = self.cache.scanner(info).advance(upto)
             if upto == bound:  # nothing will ever be appended to it that counts
-                del self._scanners[info.segment]
-                self._keep(info.segment, table)
+                self.cache.keep(info.segment, table)
         return table.upto(upto)
 
     def tables(self, first_seq: int, last_seq: int) -> Iterator[tuple[SegmentInfo, Table]]:
@@ -152,18 +119,4 @@ class RedoFollower:
 
     def close(self) -> None:
         """Close all files."""
-        self._forget(set())
-
-    def _keep(self, segment: int, table: Table) -> None:
-        self._tables[segment] = table
-        self._rows += len(table.rows)
-        while self._rows > TABLE_ROWS_CACHED_MAX and len(self._tables) > 1:
-            self._rows -= len(self._tables.popitem(last=False)[1].rows)
-
-    def _forget(self, there: set[int]) -> None:
-        for segment in self._scanners.keys() - there:
-            del self._scanners[segment]
-        for segment in self._files.keys() - there:
-            self._files.pop(segment).close()
-        for segment in self._tables.keys() - there:
-            self._rows -= len(self._tables.pop(segment).rows)
+        self.cache.retain(())

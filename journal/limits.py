@@ -62,8 +62,11 @@ CATALOG_FILE_BYTES_TIGHT: Final = 64 * KIB
 CATALOG_ENTRY_BYTES_MAX: Final = 64 * MIB  # a state with some 300,000 bookmarks
 
 # ----------------------------------------------------------------------------------------- caches
-FILES_OPEN_MAX: Final = 256  # segment files of one follower; a process has two
+# Segment files of one follower; a process has two. One that is mapped takes two descriptors, and of
+# what was read of it 1/512 of memory for the kernel's page tables.
+FILES_OPEN_MAX: Final = 256
 TABLE_ROWS_CACHED_MAX: Final = 4_000_000  # rows of 40 bytes in a follower's cache
+TABLE_ROWS_RESTING_MAX: Final = 200_000  # of them, while nobody reads
 
 # ------------------------------------------------------------------------- relations relied upon
 assert SEGMENT_BYTES_MIN <= SEGMENT_BYTES_DEFAULT <= SEGMENT_BYTES_MAX
@@ -85,4 +88,5 @@ assert SEGMENT_ID_MAX <= 1 << (64 - UNDO_POSITION_BITS)
 assert (SEGMENT_BYTES_MAX + BATCH_PAYLOAD_BYTES_MAX) // ALIGN < 1 << UNDO_POSITION_BITS
 assert CATALOG_ALIGN <= CATALOG_FILE_BYTES_TIGHT < CATALOG_FILE_BYTES_MIN
 assert CATALOG_FILE_STATES_MIN >= 2, "or compactions would cost more than commits"
+assert TABLE_ROWS_RESTING_MAX <= TABLE_ROWS_CACHED_MAX
 assert CATALOG_ENTRY_BYTES_MAX < 1 << 32, "an entry's length is a 32-bit field"

@@ -13,12 +13,15 @@ marked those pages clean.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -286,3 +289,60 @@ class RealStorage:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------ scattered reads
+class Mapping:
+    """A file as memory: ``view``, for `Room.gather` alone.
+
+    Who looks at a page that the device cannot read, or that lies behind the end of a file which was
+    cut, is killed (SIGBUS). The kernel is not, when it copies: it says so.
+    """
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self.view = memoryview(memory)
+
+    def close(self) -> None:
+        """Whoever still has the view gets a ValueError from it; a part of it stays good."""
+        self.view.release()
+        with contextlib.suppress(BufferError):
+            self._memory.close()
+
+
+def map_file(file: File, length: int) -> Mapping | None:
+    """The first ``length`` bytes of a file, or None where that cannot be had."""
+    try:
+        memory = mmap.mmap(
+            file.fileno(), length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ
+        )  # fmt: skip
+        memory.madvise(mmap.MADV_RANDOM)  # as with reads: what lies around is not wanted
+    except (OSError, ValueError):
+        return None
+    return Mapping(memory)
+
+
+class Room:
+    """Memory that pieces of files are gathered to: ``view``, and its ``blocks`` of ``unit`` bytes.
+
+    It is the memory of a file of its own, so that one call can copy pieces of mapped files to it
+    without anybody here looking at them.
+    """
+
+    def __init__(self, units: int, unit: int) -> None:
+        self._fd = os.memfd_create("room", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._fd)
+        os.posix_fallocate(self._fd, 0, units * unit)  # or a lack of memory would be a SIGBUS
+        self.view = memoryview(mmap.mmap(self._fd, units * unit))
+        self.blocks = [self.view[at : at + unit] for at in range(0, units * unit, unit)]
+
+    def gather(self, parts: Sequence[Buffer], total: int) -> bool:
+        """Copy the parts (IOV_MAX at most), ``total`` bytes, one behind the other, to the begin.
+
+        Whether all of it could be read. What could not is to be read otherwise, by whoever wants to
+        know why.
+        """
+        try:
+            return os.pwritev(self._fd, parts, 0) == total
+        except OSError:
+            return False

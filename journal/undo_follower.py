@@ -15,7 +15,6 @@ A follower belongs to one thread.
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
@@ -24,19 +23,16 @@ import numpy as np
 from journal.errors import Corruption
 from journal.format import BATCH_HEADER, ENTRY, HEADER_PAGE, Log, align, sum_count
 from journal.frontier import Frontier, unpack_position
-from journal.limits import FILES_OPEN_MAX, TABLE_ROWS_CACHED_MAX
 from journal.segment import (
     ENDLESS,
-    Scanner,
     SegmentInfo,
     SegmentLister,
     Table,
-    load_footer,
-    open_segment,
     payload_sizes,
     segment_name,
     with_bounds,
 )
+from journal.segment_cache import SegmentCache
 from journal.storage import File, Storage
 from journal.undo import scan_to
 
@@ -71,13 +67,9 @@ class UndoFollower:
         published: Callable[[], int],
         generation: Callable[[], object] = lambda: None,
     ) -> None:
-        self._storage = storage
         self._published, self._generation = published, generation
         self._lister = SegmentLister(storage, Log.UNDO, disk)
-        self._files: OrderedDict[int, File] = OrderedDict()
-        self._scanners: dict[int, Scanner] = {}
-        self._tables: OrderedDict[int, Table] = OrderedDict()
-        self._rows = 0
+        self.cache = SegmentCache(storage)
 
     @classmethod
     def of(cls, storage: Storage, disk: bytes, frontier: Frontier) -> UndoFollower:
@@ -99,7 +91,7 @@ class UndoFollower:
             infos = with_bounds(i for i in self._lister.refresh() if i.segment <= highest)
             if self._generation() == before:
                 break
-        self._forget({info.segment for info in infos})
+        self.cache.retain({info.segment for info in infos})
         return UndoSnapshot(tuple(infos), published)
 
     def file(self, info: SegmentInfo) -> File:
@@ -107,15 +99,7 @@ class UndoFollower:
 
         :raises Vanished: it has been swept: take a new snapshot.
         """
-        file = self._files.get(info.segment)
-        if file is None:
-            file = self._files[info.segment] = open_segment(self._storage, info.name)
-            if len(self._files) > FILES_OPEN_MAX:
-                busy = self._scanners.keys() | {info.segment}
-                for number in [number for number in self._files if number not in busy][:1]:
-                    self._files.pop(number).close()
-        self._files.move_to_end(info.segment)
-        return file
+        return self.cache.file(info)
 
     def table(self, snapshot: UndoSnapshot, info: SegmentInfo) -> Table:
         """The segment's table, as far as the snapshot may know it.
@@ -123,23 +107,11 @@ class UndoFollower:
         :raises Vanished: it has been swept: take a new snapshot.
         """
         end = snapshot.end_of(info)
-        table = self._tables.get(info.segment)
-        if table is not None:
-            self._tables.move_to_end(info.segment)
-        elif info.sealed:
-            try:
-                table = load_footer(self.file(info), info).table
-            except Corruption:
-                pass  # the batches say the same
-            else:
-                self._scanners.pop(info.segment, None)
-                self._keep(info.segment, table)
+        table = self.cache.table(info)
         if table is None:
             if info.trailer is not None:
                 info = dataclasses.replace(info, bound=min(info.bound, info.trailer.last_seq))
-            scanner = self._scanners.get(info.segment)
-            if scanner is None:
-                scanner = self._scanners[info.segment] = Scanner(self.file(info), info)
+            scanner = self.cache.scanner(info)
             if end < ENDLESS:
                 scan_to(scanner, end)
             else:
@@ -156,21 +128,7 @@ class UndoFollower:
 
     def close(self) -> None:
         """Close all files."""
-        self._forget(set())
-
-    def _keep(self, segment: int, table: Table) -> None:
-        self._tables[segment] = table
-        self._rows += len(table.rows)
-        while self._rows > TABLE_ROWS_CACHED_MAX and len(self._tables) > 1:
-            self._rows -= len(self._tables.popitem(last=False)[1].rows)
-
-    def _forget(self, there: set[int]) -> None:
-        for segment in self._scanners.keys() - there:
-            del self._scanners[segment]
-        for segment in self._files.keys() - there:
-            self._files.pop(segment).close()
-        for segment in self._tables.keys() - there:
-            self._rows -= len(self._tables.pop(segment).rows)
+        self.cache.retain(())
 
 
 def _below(table: Table, end: int) -> Table:

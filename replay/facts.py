@@ -18,6 +18,7 @@ from journal.errors import Corruption
 from journal.format import Kind
 from journal.runset import RunSet
 from journal.segment import SegmentInfo, Table
+from journal.segment_cache import SegmentCache
 from journal.storage import File
 from journal.undo_follower import UndoFollower
 
@@ -80,6 +81,8 @@ class Log(Protocol):
     def segments(self) -> list[SegmentInfo]: ...
     def table(self, info: SegmentInfo) -> Table: ...
     def file(self, info: SegmentInfo) -> File: ...
+    @property
+    def cache(self) -> SegmentCache: ...
 
 
 class UndoLog:
@@ -88,6 +91,11 @@ class UndoLog:
     def __init__(self, follower: UndoFollower) -> None:
         self._follower = follower
         self._listed = follower.snapshot()
+
+    @property
+    def cache(self) -> SegmentCache:
+        """What is kept of the segments."""
+        return self._follower.cache
 
     def segments(self) -> list[SegmentInfo]:
         """List them anew."""

@@ -38,7 +38,7 @@ from replay.facts import (
 from replay.plan import stretches
 from replay.refs import decide
 
-__all__ = ["ATTEMPTS", "History", "Log", "Piece", "Told", "UndoLog"]
+__all__ = ["ATTEMPTS", "History", "Log", "Piece", "Told", "UndoLog", "fill_zero"]
 
 Piece = tuple[int, int, int]  # an offset in a file; start and end in the output
 
@@ -110,6 +110,18 @@ class History:
         """
         snapshot = self._snapshot
         return self.refresh() if snapshot is None or self._stale(snapshot) else snapshot
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether no file came or went since the newest snapshot was taken."""
+        snapshot = self._snapshot
+        return snapshot is not None and self.frontier.generations() == snapshot.generation
+
+    def prepare(self) -> None:
+        """Take a snapshot for whoever reads next, and keep little else until then."""
+        self.refresh()
+        self.redo.cache.rest()
+        self.undo.cache.rest()
 
     def _redo_facts(
         self, told: Told, durable: int
@@ -412,7 +424,7 @@ class History:
     ) -> None:
         content = kinds_of(locs) == Kind.IMAGE
         self.read_payloads(out, at[content], blocks[content], locs[content], self.undo)
-        _zero(out, at[~content])
+        fill_zero(out, at[~content])
 
     def _redo_content(
         self, out: bytearray | memoryview, at: np.ndarray, blocks: np.ndarray, locs: np.ndarray
@@ -420,7 +432,7 @@ class History:
         kind = kinds_of(locs)
         write, ref = kind == Kind.WRITE, kind == Kind.REF
         self.read_payloads(out, at[write], blocks[write], locs[write], self.redo)
-        _zero(out, at[~write & ~ref])
+        fill_zero(out, at[~write & ~ref])
         if ref.any():
             self._refs(out, at[ref], blocks[ref], locs[ref])
 
@@ -523,7 +535,8 @@ def _columns(found: list[tuple[int, int]]) -> Pair:
     return columns[:, 0], columns[:, 1]
 
 
-def _zero(out: bytearray | memoryview, at: np.ndarray) -> None:
+def fill_zero(out: bytearray | memoryview, at: np.ndarray) -> None:
+    """Zeroes at places ``at`` (ascending), in blocks."""
     view = memoryview(out)
     bounds = stretches(at.astype(np.uint64))
     for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):

@@ -14,7 +14,9 @@ A chunk is looked up as a whole once so many of its blocks were wanted that it w
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -25,8 +27,10 @@ from journal.format import BLOCK, SUM_LARGE, Kind, checksum
 from journal.limits import FILES_OPEN_MAX
 from journal.run_format import RunDamaged
 from journal.segment import SegmentInfo, Table
+from journal.segment_cache import Slices
+from journal.storage import Buffer, Room
 from replay.facts import Log, Snapshot
-from replay.history import History, Piece
+from replay.history import History, Piece, fill_zero
 
 CHUNK_SHIFT: Final = 12
 CHUNK_BLOCKS: Final = 1 << CHUNK_SHIFT
@@ -34,7 +38,9 @@ CHUNKS_MAX: Final = 1024  # 70 KiB each
 FILL_AFTER: Final = 64  # blocks that were wanted of a chunk; twice as many each time it is renewed
 _FILL_DOUBLINGS: Final = 6
 _WANTED_MAX: Final = 1 << 16  # chunks of which it is counted how many blocks were wanted
-PART_PIECES: Final = FILES_OPEN_MAX // 2  # read at once: all the files it takes stay open
+PART_BLOCKS: Final = FILES_OPEN_MAX // 2  # read at once: all the files it takes stay open
+_ZEROES_SHARE: Final = 4  # fewer than a fourth of what is copied: copied as well
+_PIECE_BLOCKS: Final = 4  # pieces that are longer on average are read, not gathered
 _SEGMENTS_MAX: Final = 1 << 14  # some of them gone: look which
 
 _UNKNOWN, _SMALL, _LARGE, _ZERO, _BACKING = range(5)
@@ -47,6 +53,8 @@ _WITHIN: Final = np.uint64(CHUNK_BLOCKS - 1)
 
 _NONE: Final = np.zeros(0, np.intp)
 _ZEROES: Final = bytes(BLOCK)
+_ZEROES_SUM: Final = np.uint64(checksum(_ZEROES))
+_NOWHERE: Final = 0  # in place of a segment's name: zeroes
 
 Key = tuple[int, int]  # point, chunk
 Stamp = tuple[tuple[int, int], int]  # generations, published
@@ -74,6 +82,9 @@ class Places:
         self._fills = [0] * chunks
         self._wanted: dict[Key, int] = {}
         self._segments: dict[int, tuple[Log, SegmentInfo]] = {}
+        self._room = Room(PART_BLOCKS, BLOCK)
+        self._slices: dict[int, Slices] = {}  # of segments, until a file is closed
+        self._closed = -1, -1
         self._voided = 0
 
     def read_into(self, out: memoryview, blocks: np.ndarray, seq: int) -> None:
@@ -110,22 +121,28 @@ class Places:
         if stale:
             old = np.isin(at >> CHUNK_SHIFT, stale)
             state[old & (state == _BACKING)] = _UNKNOWN
-        small, backing, large, late = _sorted(out, state, self._where[at], blocks)
-        for first in range(0, len(small), PART_PIECES):
-            self._copy(out, small[first : first + PART_PIECES])
+        # Lists, since most requests are small: some ten calls of numpy cost as much as 64 rounds.
+        kinds = state.tolist()
+        small, zeroes = _places_of(kinds, _SMALL), kinds.count(_ZERO)
+        if zeroes and zeroes * _ZEROES_SHARE <= len(small):  # part of what is copied
+            small = [place for place, kind in enumerate(kinds) if kind in (_SMALL, _ZERO)]
+        elif zeroes:
+            fill_zero(out, np.flatnonzero(state == _ZERO))
         if small:
-            self._verify(out, np.flatnonzero(state == _SMALL), at)
-        if large:
-            self._copy_large(out, np.array(large), at, blocks)
-        if backing:
-            history.read_backing(out, backing)
+            self._copy(out, small, at)
+        if _LARGE in kinds:
+            self._copy_large(out, np.flatnonzero(state == _LARGE), at, blocks)
+        late = _places_of(kinds, _UNKNOWN)
+        if _BACKING in kinds:
+            which = _places_of(kinds, _BACKING)
+            history.read_backing(out, _pieces_of(blocks, which))
             if self._now() != now:  # published meanwhile: perhaps of these
-                late += np.flatnonzero(state == _BACKING).tolist()
+                late += which
         if not late:
             return _NONE
-        which = np.array(late)
-        self._renew(at[which], blocks[which], seq)
-        return which
+        again = np.array(late)
+        self._renew(at[again], blocks[again], seq)
+        return again
 
     def clear(self) -> None:
         """Forget everything."""
@@ -134,6 +151,8 @@ class Places:
         self._slots.clear()
         self._wanted.clear()
         self._segments.clear()
+        self._slices.clear()
+        self._closed = -1, -1
         self._voided = self._history.snapshot.told.voided
 
     # -------------------------------------------------------------------------------- chunks
@@ -147,22 +166,22 @@ class Places:
         """
         within = (blocks & _WITHIN).astype(np.int64)
         chunks = (blocks >> _CHUNK).tolist()
-        wanted = dict.fromkeys(chunks)
+        if chunks.count(chunks[0]) == len(chunks):
+            slot = self._slot((seq, chunks[0]), len(chunks), True)
+            return within + (slot << CHUNK_SHIFT), [slot]
+        wanted = Counter(chunks)
         # With more, one that is filled could take the place of one that was found just before.
         fill = len(wanted) <= len(self._stamps) // 2
-        slot_of = {chunk: self._slot((seq, chunk), chunks, fill) for chunk in wanted}
-        slots = list(slot_of.values())
-        if len(slots) == 1:
-            return within + (slots[0] << CHUNK_SHIFT), slots
+        slot_of = {chunk: self._slot((seq, chunk), count, fill) for chunk, count in wanted.items()}
         base = np.array([slot_of[chunk] for chunk in chunks], np.int64)
-        return within + (base << CHUNK_SHIFT), slots
+        return within + (base << CHUNK_SHIFT), list(slot_of.values())
 
-    def _slot(self, key: Key, chunks: list[int], fill: bool) -> int:
+    def _slot(self, key: Key, wanted: int, fill: bool) -> int:
         """The chunk's place in the columns; -1 while it is not worth one."""
         slot = self._slots.get(key, -1)
         if slot >= 0:
             self._slots.move_to_end(key)
-        elif fill and self._count(key, chunks.count(key[1]), self._fill_after):
+        elif fill and self._count(key, wanted, self._fill_after):
             slot = self._fill(key, -1)
         return slot
 
@@ -217,7 +236,7 @@ class Places:
         state = np.full(len(blocks), _UNKNOWN, np.uint8)  # refs: not remembered
         state[locs == 0] = _BACKING
         state[(kind == Kind.ZERO) | (kind == Kind.TRIM) | (kind == Kind.IMAGE_ZERO)] = _ZERO
-        where, sums = np.zeros(len(blocks), np.uint64), np.zeros(len(blocks), np.uint64)
+        where, sums = np.zeros(len(blocks), np.uint64), np.full(len(blocks), _ZEROES_SUM)
         content = np.flatnonzero((kind == Kind.WRITE) | (kind == Kind.IMAGE))
         order = content[np.argsort(locs[content])]
         names = locs[order] >> _SEGMENT
@@ -240,8 +259,10 @@ class Places:
         at = (locs & _ROW).astype(np.intp)
         if int(at.max()) >= len(table.rows) or (table.rows["kind"][at] != kinds_of(locs)).any():
             raise Corruption("index names a record that the segment lacks", file=info.name)
-        log = history.redo if redo else history.undo
-        self._segments[int(locs[0]) >> LOC_SEGMENT_SHIFT] = log, info
+        name = int(locs[0]) >> LOC_SEGMENT_SHIFT
+        if self._segments.get(name, (None, None))[1] is not info:
+            self._segments[name] = history.redo if redo else history.undo, info
+            self._slices.pop(name, None)  # it may be sealed by now
         return table, table.rows[at]
 
     def _drop_gone(self) -> None:
@@ -261,25 +282,68 @@ class Places:
             self._state[part][lost] = _UNKNOWN
 
     # ------------------------------------------------------------------------------- content
-    def _copy(self, out: memoryview, pieces: list[Piece]) -> None:
-        """Read pieces of segments."""
-        reads = {}
-        for name in {source >> LOC_SEGMENT_SHIFT for source, _, _ in pieces}:
-            log, info = self._segments[name]
-            reads[name] = log.file(info).read_into
-        for source, start, end in pieces:
-            part = out[start:end]
-            got = reads[source >> LOC_SEGMENT_SHIFT](source & _OFFSET, part)
-            if got < end - start:  # what is not there carries no checksum
-                part[got:] = b"\xa5" * (end - start - got)
+    def _copy(self, out: memoryview, which: list[int], at: np.ndarray) -> None:
+        """Blocks that have a checksum each, or zeroes, to their places ``which`` (ascending)."""
+        for first in range(0, len(which), PART_BLOCKS):
+            part = which[first : first + PART_BLOCKS]
+            slots = at if len(part) == len(at) else at[part]
+            self._fetch(self._where[slots])
+            self._verify(slots)
+            view, start = self._room.view, 0
+            for place, count in _runs(part):
+                end = start + count * BLOCK
+                out[place * BLOCK : (place + count) * BLOCK] = view[start:end]
+                start = end
 
-    def _verify(self, out: memoryview, which: np.ndarray, at: np.ndarray) -> None:
-        """Verify blocks that have a checksum each."""
-        found = [checksum(out[place : place + BLOCK]) for place in (which * BLOCK).tolist()]
-        wanted = self._sum[at[which]].tolist()
+    def _fetch(self, where: np.ndarray) -> None:
+        """Have blocks in the room, PART_BLOCKS at most, one after the other.
+
+        Scattered ones are gathered by one call, out of mapped files.
+        """
+        apart = (where[1:] - where[:-1] != BLOCK).nonzero()[0] + 1
+        sources = where.tolist()
+        if len(apart) * _PIECE_BLOCKS > len(sources) and self._gather(sources):
+            return
+        view = self._room.view
+        for low, high in pairwise([0, *apart.tolist(), len(sources)]):
+            part = view[low * BLOCK : high * BLOCK]
+            name, offset = sources[low] >> LOC_SEGMENT_SHIFT, sources[low] & _OFFSET
+            got = 0
+            if name != _NOWHERE:
+                log, info = self._segments[name]
+                got = log.file(info).read_into(offset, part)
+            if got < len(part):  # what is not there carries no checksum, but that of zeroes
+                filling = b"\xa5" if name != _NOWHERE else b"\0"
+                part[got:] = filling * (len(part) - got)
+
+    def _gather(self, sources: list[int]) -> bool:
+        """Whether they could be had that way."""
+        caches = self._history.redo.cache, self._history.undo.cache
+        of = self._slices
+        if self._closed != (caches[0].closed, caches[1].closed):
+            of.clear()
+            of[_NOWHERE] = _ZEROES
+            self._closed = caches[0].closed, caches[1].closed
+        try:
+            parts = _slices_of(of, sources)
+        except KeyError:
+            parts = None
+        if parts is None:
+            for name in {source >> LOC_SEGMENT_SHIFT for source in sources} - of.keys():
+                log, info = self._segments[name]
+                of[name] = log.cache.slices(info)
+            if self._closed != (caches[0].closed, caches[1].closed):
+                return False  # there were too many, perhaps one of these was closed
+            parts = _slices_of(of, sources)
+        return self._room.gather(parts, len(parts) * BLOCK)
+
+    def _verify(self, slots: np.ndarray) -> None:
+        """Verify the blocks in the room."""
+        found = list(map(checksum, self._room.blocks[: len(slots)]))
+        wanted = self._sum[slots].tolist()
         if found != wanted:
             bad = next(number for number, one in enumerate(found) if one != wanted[number])
-            source = int(self._where[at[which[bad]]])
+            source = int(self._where[slots[bad]])
             raise Corruption(
                 "checksum mismatch", file=self._segments[source >> LOC_SEGMENT_SHIFT][1].name,
                 offset=source & _OFFSET,
@@ -297,37 +361,41 @@ class Places:
                 self._history.read_payloads(out, part, blocks[part], locs[mine], log)
 
 
-def _sorted(
-    out: memoryview, state: np.ndarray, where: np.ndarray, blocks: np.ndarray
-) -> tuple[list[Piece], list[Piece], list[int], list[int]]:
-    """What to read of segments and of the backing, each in pieces that lie together; positions of
-    blocks of large records, and of those not known. Zeroes are done at once.
+def _slices_of(of: dict[int, Slices], sources: list[int]) -> list[Buffer]:
+    """The blocks at these places."""
+    return [
+        of[source >> LOC_SEGMENT_SHIFT][(at := source & _OFFSET) : at + BLOCK]
+        for source in sources
+    ]  # fmt: skip
 
-    A loop, since most requests are small: some ten calls of numpy cost as much as 64 rounds.
-    """
-    small: list[Piece] = []
-    backing: list[Piece] = []
-    large: list[int] = []
-    late: list[int] = []
-    place = 0
-    next_small = next_backing = -1
-    for kind, source, block in zip(state.tolist(), where.tolist(), blocks.tolist(), strict=True):
-        end = place + BLOCK
-        if kind == _SMALL:
-            if source == next_small and small[-1][2] == place:
-                small[-1] = small[-1][0], small[-1][1], end
-            else:
-                small.append((source, place, end))
-            next_small = source + BLOCK
-        elif kind == _BACKING:
-            if block == next_backing and backing[-1][2] == place:
-                backing[-1] = backing[-1][0], backing[-1][1], end
-            else:
-                backing.append((block * BLOCK, place, end))
-            next_backing = block + 1
-        elif kind == _ZERO:
-            out[place:end] = _ZEROES
+
+def _places_of(kinds: list[int], kind: int) -> list[int]:
+    """Where that kind is."""
+    if kind not in kinds:
+        return []
+    return [place for place, each in enumerate(kinds) if each == kind]
+
+
+def _runs(places: list[int]) -> Iterator[tuple[int, int]]:
+    """The first of places (ascending) that follow each other, and how many."""
+    first = following = places[0]
+    for place in places:
+        if place != following:
+            yield first, following - first
+            first = place
+        following = place + 1
+    yield first, following - first
+
+
+def _pieces_of(blocks: np.ndarray, places: list[int]) -> list[Piece]:
+    """Where in the backing the blocks of these places are, and where in the output."""
+    pieces: list[Piece] = []
+    following = -1
+    for place, block in zip(places, blocks[places].tolist(), strict=True):
+        start, end = place * BLOCK, (place + 1) * BLOCK
+        if block == following and pieces[-1][2] == start:
+            pieces[-1] = pieces[-1][0], pieces[-1][1], end
         else:
-            (large if kind == _LARGE else late).append(place // BLOCK)
-        place = end
-    return small, backing, large, late
+            pieces.append((block * BLOCK, start, end))
+        following = block + 1
+    return pieces

@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 LOG_LEVEL_VARIABLE: Final = "CDP_LOG_LEVEL"
 STATUS_INTERRUPTED: Final = 1
-# What a process has open besides connections: segments of both logs, one overlay for each view,
-# and the index, sockets and pages.
-OTHER_FILES: Final = 2 * FILES_OPEN_MAX + 64
+# What a process has open besides connections and overlays of views: segments of both logs, two
+# descriptors for one that is mapped; the index, sockets and pages.
+OTHER_FILES: Final = 4 * FILES_OPEN_MAX + 128
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Options:

@@ -51,6 +51,7 @@ async def run(child: Child) -> None:
     async with trio.open_nursery() as nursery:
         service = Service(child, history, nursery)
         await nursery.start(RpcServer().serve, child.socket, service.handlers())
+        nursery.start_soon(service.keep_prepared)
         await service.stopping.wait()
         await trio.sleep(0.05)  # lets the answer to `stop` leave
         nursery.cancel_scope.cancel()

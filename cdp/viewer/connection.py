@@ -51,6 +51,10 @@ BUFFER_BYTES: Final = 256 << 10
 # Resolved and sent at once: enough that what a batch costs does not count, and so little that the
 # client works on one part while the next is read.
 READ_BATCH_BYTES: Final = 256 << 10
+# Done between two checkpoints, each of which costs as much as ten blocks. A request counts as some
+# bytes at least.
+TURN_BYTES: Final = 1 << 20
+REQUEST_BYTES: Final = 8 << 10
 CONTENT_BYTES: Final = 1 << 20  # kept for content; more is taken when it is needed
 PARTS_MAX: Final = 1024  # of one sendmsg
 EXTENTS_MAX: Final = 4096
@@ -77,6 +81,7 @@ class Connection:
         self._buffer[: len(leftover)] = leftover
         self._start, self._end = 0, len(leftover)
         self._content = memoryview(bytearray(CONTENT_BYTES))
+        self._turn = 0  # bytes since the last checkpoint
         self._used = 0  # of it, by replies that were not sent yet
         sock.setblocking(False)
         tune(sock)
@@ -124,6 +129,10 @@ class Connection:
         reads: list[Request] = []
         pending = 0
         for request in requests:
+            if self._turn >= TURN_BYTES:
+                self._turn = 0
+                await trio.lowlevel.checkpoint()
+            self._turn += max(request[4], REQUEST_BYTES)
             error = validate(request, self._rules)
             if error:
                 out.append(error_reply(request[2], error, self._structured))
@@ -133,7 +142,6 @@ class Connection:
                 if pending >= READ_BATCH_BYTES:
                     self._read(reads, out)
                     await self._send(out)
-                    await trio.lowlevel.checkpoint()
                     out, reads, pending = [], [], 0
             else:
                 self._read(reads, out)
@@ -141,7 +149,6 @@ class Connection:
                 self._other(request, out)
         self._read(reads, out)
         await self._send(out)
-        await trio.lowlevel.checkpoint()
 
     def _read(self, reads: list[Request], out: list[bytes | memoryview]) -> None:
         if not reads:

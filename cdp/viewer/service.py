@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import threading
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -21,13 +21,16 @@ from cdp.nbd.export import Negotiated
 from cdp.rpc import Call, Reply
 from cdp.viewer.connection import Connection
 from cdp.viewer.views import View, WritableView
-from journal.errors import Conflict, InvalidInput, NotFound
+from journal.errors import Conflict, InvalidInput, JournalError, NotFound
 from journal.storage import RealFile
 from replay import rollback
 from replay.history import History
 from replay.places import Places
 
 log = logging.getLogger(__name__)
+
+PREPARE_SECONDS: Final = 2.0
+PREPARE_SECONDS_MAX: Final = 64.0  # after it failed again and again
 
 
 class Service:
@@ -47,6 +50,26 @@ class Service:
             "list": self.list_views, "attach": self.attach, "plan_rollback": self.plan_rollback,
             "stop": self.stop,
         }  # fmt: skip
+
+    async def keep_prepared(self) -> None:
+        """Have a snapshot of the history ready for the first view; readers take their own.
+
+        It costs nothing while no file of the journal comes or goes.
+        """
+        pause = PREPARE_SECONDS
+        while True:
+            if not self._views and not self._history.is_prepared:
+                try:
+                    await trio.to_thread.run_sync(self._prepare)
+                    pause = PREPARE_SECONDS
+                except (OSError, JournalError) as error:  # whoever opens a view will be told
+                    log.info("cannot prepare for views: %s", error)
+                    pause = min(2 * pause, PREPARE_SECONDS_MAX)
+            await trio.sleep(pause)
+
+    def _prepare(self) -> None:
+        with self._lock:
+            self._history.prepare()
 
     async def hello(self, _params: dict[str, Any], _fds: list[int], _call: Call) -> Reply:
         """Who this is, and the backing's descriptor for a supervisor that adopts it."""

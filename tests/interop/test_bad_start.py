@@ -61,7 +61,7 @@ def taken() -> Iterator[int]:
 def test_too_few_open_files_are_allowed(
     cdpd: Start, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = "limits.nbd-connections=256 needs 896 open files, and 512 are allowed: raise"
+    says = "limits.nbd-connections=256 needs 1472 open files, and 512 are allowed: raise"
     monkeypatch.setattr("resource.getrlimit", lambda _: (256, 512))
     cdpd.refused("--state-dir", short_tmp / "state", says=says)
     assert not (short_tmp / "state").exists()

@@ -2,76 +2,14 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
-from journal import follower as module
 from journal.errors import Vanished
 from journal.follower import RedoFollower
-from journal.format import BLOCK, Kind, Log, payload_sums
-from journal.recovery import recover
-from journal.redo import RedoWriter
+from journal.format import Log
 from journal.segment import read_blocks, segment_name
 from tests.crash.sim_storage import SimStorage
-
-DISK = b"follower test :)"
-
-
-class FakeFrontier:
-    """The two things of a frontier that a follower needs."""
-
-    def __init__(self) -> None:
-        self.durable = 0
-        self.redo_generation = 0
-        self.curator_generation = 0
-
-    def generations(self) -> tuple[int, int]:
-        return self.redo_generation, self.curator_generation
-
-
-class Recorder:
-    """A writer with a frontier, and the contents that it wrote."""
-
-    def __init__(self, storage: SimStorage) -> None:
-        self.storage = storage
-        self.frontier = FakeFrontier()
-        self.random = random.Random(0)
-        self.contents: dict[int, bytes] = {}
-        self.stamp = 1
-        self.start()
-
-    def start(self) -> None:
-        self.stamp += 1
-        recovered = recover(
-            self.storage, DISK, durable_hint=self.frontier.durable, applied_hint=0,
-            stamp=self.stamp, identity=lambda: self.random.randbytes(16),
-        )  # fmt: skip
-        self.writer = RedoWriter(
-            self.storage, DISK, recovered.start, segment_bytes=32768,
-            identity=lambda: self.random.randbytes(16), on_segment=self.appeared,
-        )  # fmt: skip
-        self.frontier.redo_generation += 1
-        self.frontier.durable = recovered.durable
-
-    def appeared(self, _: int) -> None:
-        self.frontier.redo_generation += 1
-
-    def write(self, count: int = 1) -> None:
-        entries, sums, payloads = [], [], []
-        for number in range(count):
-            data = self.random.randbytes(BLOCK)
-            self.contents[self.writer.last_seq + 1 + number] = data
-            entries += [number, 0, 1, Kind.WRITE, 0, 0]
-            sums += payload_sums(data)
-            payloads.append(data)
-        self.writer.append(
-            entries, sums, payloads, BLOCK * count, stamp=self.stamp, barrier=0, applied=0,
-            window_start=0,
-        )  # fmt: skip
-
-    def sync(self) -> None:
-        self.frontier.durable = self.writer.sync()
+from tests.journal.redo_world import DISK, Recorder, seqs
 
 
 @pytest.fixture
@@ -87,14 +25,6 @@ def recorder(storage: SimStorage) -> Recorder:
 @pytest.fixture
 def follower(storage: SimStorage, recorder: Recorder) -> RedoFollower:
     return RedoFollower(storage, DISK, recorder.frontier)
-
-
-def seqs(follower: RedoFollower, first: int = 1, last: int = 1 << 40) -> list[int]:
-    return [
-        table.first_seq + row
-        for _, table in follower.tables(first, last)
-        for row in range(len(table.rows))
-    ]
 
 
 def test_only_what_is_durable_is_seen(recorder: Recorder, follower: RedoFollower) -> None:
@@ -154,7 +84,7 @@ def test_the_open_segment_is_scanned_from_where_the_last_look_ended(
     recorder.write(2)
     recorder.sync()
     seqs(follower)
-    (scanner,) = follower._scanners.values()
+    (scanner,) = follower.cache._scanners.values()
     at = scanner.offset
     recorder.write(1)
     recorder.sync()
@@ -264,13 +194,15 @@ def test_a_hole_is_no_record(storage: SimStorage, recorder: Recorder) -> None:
     assert follower.locate(6) is not None
 
 
-def test_caches_are_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FILES_OPEN_MAX", 3)
-    monkeypatch.setattr(module, "TABLE_ROWS_CACHED_MAX", 12)
+def test_caches_are_bounded(
+    storage: SimStorage, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("journal.segment_cache.FILES_OPEN_MAX", 3)
+    monkeypatch.setattr("journal.segment_cache.TABLE_ROWS_CACHED_MAX", 12)
     for _ in range(40):
         recorder.write(3)
     recorder.sync()
-    before = recorder.storage.open_files
+    before = storage.open_files
     follower = RedoFollower(recorder.storage, DISK, recorder.frontier)
     for _ in range(2):
         for seq in (1, 60, 30, 119, 7, 90):
@@ -279,10 +211,10 @@ def test_caches_are_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch)
             info, table, row = place
             data = read_blocks(follower.file(info), table, row, 0, 1, name=info.name)
             assert data == recorder.contents[seq]
-    assert recorder.storage.open_files - before <= 4  # and the one that is scanned
-    assert sum(len(table.rows) for table in follower._tables.values()) <= 12
+    assert storage.open_files - before <= 4  # and the one that is scanned
+    assert sum(len(table.rows) for table in follower.cache._tables.values()) <= 12
     follower.close()
-    assert recorder.storage.open_files == before
+    assert storage.open_files == before
 
 
 def test_unsealed_segments_of_former_lives_are_scanned_once(recorder: Recorder) -> None:
@@ -293,4 +225,4 @@ def test_unsealed_segments_of_former_lives_are_scanned_once(recorder: Recorder) 
         recorder.start()
     follower = RedoFollower(recorder.storage, DISK, recorder.frontier)
     assert seqs(follower) == list(range(1, recorder.writer.last_seq + 1))
-    assert len(follower._scanners) <= 1
+    assert len(follower.cache._scanners) <= 1

@@ -104,8 +104,8 @@ def test_a_swept_segment_is_vanished_and_not_empty(world: World) -> None:
 
 
 def test_many_files_are_not_all_kept_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("journal.undo_follower.FILES_OPEN_MAX", 3)
-    monkeypatch.setattr("journal.undo_follower.TABLE_ROWS_CACHED_MAX", 30)
+    monkeypatch.setattr("journal.segment_cache.FILES_OPEN_MAX", 3)
+    monkeypatch.setattr("journal.segment_cache.TABLE_ROWS_CACHED_MAX", 30)
     assert world.writer is not None
     for number in range(60):
         world.append(image(number, 5), image(number, 5))
@@ -117,10 +117,10 @@ def test_many_files_are_not_all_kept_open(world: World, monkeypatch: pytest.Monk
     for _ in range(2):
         assert sum(len(table.rows) for _, table in follower.tables(snapshot)) == 120
         assert all(follower.file(info).size() for info in snapshot.segments)
-        assert len(follower._files) <= 4
-        assert sum(len(table.rows) for table in follower._tables.values()) <= 30
+        assert len(follower.cache._files) <= 4
+        assert sum(len(table.rows) for table in follower.cache._tables.values()) <= 30
     follower.close()
-    assert not follower._files
+    assert not follower.cache._files
 
 
 def test_what_was_published_is_seen_while_its_copy_is_not_published_yet(world: World) -> None:

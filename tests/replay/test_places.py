@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from journal.errors import Corruption
 from journal.format import BLOCK, Kind
+from journal.storage import RealFile
 from replay.places import CHUNK_BLOCKS, Places
 from tests.cdp.curator.disk_model import Disk
 
@@ -68,3 +70,85 @@ def test_any_blocks_in_any_order_more_than_once(disk: Disk, seed: int, number: i
             model = disk.model[seq]
             assert model is not None
             assert read(places, wanted, seq) == [model[block] for block in wanted]
+
+
+def scattered(disk: Disk, rng: random.Random) -> tuple[Places, list[int], list[int]]:
+    """What is remembered of blocks that were written in any order, over several sealed segments;
+    the blocks, and what they hold.
+    """
+    blocks = rng.sample(range(1000), 600)
+    for block in blocks:
+        disk.write(block, 1)
+    disk.zero(1, 3, Kind.ZERO)
+    disk.sync()
+    blocks = list(range(1000))
+    seq = disk.frontier.durable
+    places = Places(disk.new_reader(), fill_after=0)
+    expected = disk.now()[:1000]
+    assert read(places, blocks, seq) == expected
+    return places, blocks, expected
+
+
+@pytest.mark.parametrize("most", [256, 2])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_scattered_blocks(
+    disk: Disk, seed: int, monkeypatch: pytest.MonkeyPatch, most: int, mapped: bool
+) -> None:
+    """Also with more segments than files may be open, and where nothing can be mapped."""
+    monkeypatch.setattr("journal.segment_cache.FILES_OPEN_MAX", most)
+    if not mapped:
+        monkeypatch.setattr("journal.segment_cache.map_file", lambda file, length: None)
+    rng = random.Random(f"{seed}/{most}/{mapped}")
+    places, blocks, expected = scattered(disk, rng)
+    seq = disk.frontier.durable
+    for _ in range(20):
+        first, count = rng.randrange(900), rng.randrange(1, 100)
+        wanted = blocks[first : first + count]
+        assert read(places, wanted, seq) == expected[first : first + count]
+        wanted = rng.choices(blocks, k=count)
+        assert read(places, wanted, seq) == [expected[block] for block in wanted]
+    reads: list[int] = []
+    original = RealFile.read_into
+
+    def read_into(file: RealFile, offset: int, buffer: memoryview) -> int:
+        reads.append(offset)
+        return original(file, offset, buffer)
+
+    monkeypatch.setattr(RealFile, "read_into", read_into)
+    written = [block for block in blocks if expected[block]]
+    assert read(places, written, seq) == [expected[block] for block in written]
+    assert bool(reads) == (most < 256), "one by one only if they could not be gathered"
+
+
+def test_scattered_blocks_of_damaged_segments(disk: Disk, seed: int) -> None:
+    """! Neither old data nor a SIGBUS, whatever became of a segment that is mapped; and its
+    neighbours can be read.
+    """
+    places, blocks, expected = scattered(disk, random.Random(seed))
+    seq = disk.frontier.durable
+    # The newest of the sealed ones, so that no block of it has been written again.
+    name = f"{len(list((disk.root / 'journal/redo').glob('*.seg'))) - 1:08d}.seg"
+    path = disk.root / "journal/redo" / name
+    original = path.read_bytes()
+    mine = [
+        block for block in blocks
+        if expected[block] and original.count(expected[block].to_bytes(8, "little") * 512)
+    ]  # fmt: skip
+    assert len(mine) > 60
+    others = [block for block in blocks if block not in mine]
+    damaged = bytearray(original)
+    at = original.index(expected[mine[0]].to_bytes(8, "little") * 512)
+    damaged[at + 2222] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(Corruption, match="checksum") as caught:
+        read(places, blocks, seq)
+    assert (caught.value.file, caught.value.offset) == (f"redo/{name}", at)
+    assert read(places, mine[1:], seq) == [expected[block] for block in mine[1:]]
+    with path.open("r+b") as file:
+        file.truncate(4096)
+    for wanted in (blocks, mine, mine[:1]):
+        with pytest.raises(Corruption, match="checksum"):
+            read(places, wanted, seq)
+    assert read(places, others, seq) == [expected[block] for block in others]
+    path.write_bytes(original)
+    assert read(places, blocks, seq) == expected
