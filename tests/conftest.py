@@ -214,6 +214,13 @@ def not_here() -> Callable[[str], NoReturn]:
     return _missing
 
 
+@pytest.fixture
+def may_mount(not_here: Callable[[str], NoReturn]) -> None:
+    """Mounting needs root, FUSE and loop devices."""
+    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
+        not_here("mounting needs root and /dev/fuse")
+
+
 # ----------------------------------------------------------------------------------------- paths
 
 

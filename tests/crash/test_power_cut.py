@@ -174,13 +174,6 @@ def choose(cutter: Cutter, story: Story, count: int, rng: random.Random) -> list
     return sorted(flushed + rng.sample(places[True], min(len(places[True]), count - len(flushed))))
 
 
-@pytest.fixture
-def may_mount(not_here: Callable[[str], Any]) -> None:
-    """Mounting needs root, FUSE and loop devices."""
-    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
-        not_here("mounting needs root and /dev/fuse")
-
-
 @pytest.mark.crash
 @pytest.mark.timeout(7200 if FULL else 120)
 @pytest.mark.usefixtures("may_mount")

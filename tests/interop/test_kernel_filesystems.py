@@ -27,13 +27,6 @@ def sums(root: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture
-def may_mount(not_here: Callable[[str], Any]) -> None:
-    """Mounting needs root, FUSE and loop devices."""
-    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
-        not_here("mounting needs root and /dev/fuse")
-
-
 @pytest.mark.usefixtures("may_mount")
 @pytest.mark.needs_tool("nbdfuse", "losetup", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs")
 @pytest.mark.parametrize("kind", sorted(MAKE))
