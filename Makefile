@@ -70,6 +70,7 @@ bench: setup
 	$(BIN)/python bench/run.py $(ARGS)
 
 test-crash: setup
+	@deploy/install-packages deploy/debian-packages-crash.txt
 	CDP_CRASH_FULL=1 $(BIN)/python -m pytest -q -m crash --timeout 7200 $(WORKERS) $(ARGS) tests/crash
 
 soak: setup
