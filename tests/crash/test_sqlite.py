@@ -16,6 +16,7 @@ import random
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -143,13 +144,20 @@ class Writer(threading.Thread):
         """The database as of a time; the last transaction in it."""
         return self.story.check(root / self.path.name, *bounds(at_ns, self.begun, self.committed))
 
-    def end(self) -> None:
-        """The last transaction ends."""
-        self.enough.set()
-        self.join(PATIENCE_SECONDS)
-        assert not self.is_alive()
-        assert self.error is None, self.error
-        assert len(self.begun) == len(self.committed)
+
+@contextlib.contextmanager
+def running(writers: list[Writer]) -> Iterator[None]:
+    """All of them write; at the end the last transactions end, and the files are closed."""
+    for writer in writers:
+        writer.start()
+    try:
+        yield
+    finally:
+        for writer in writers:
+            writer.enough.set()
+        for writer in writers:
+            writer.join(PATIENCE_SECONDS)
+            assert not writer.is_alive(), f"{writer.story.name} hangs"
 
 
 @pytest.mark.crash
@@ -165,11 +173,11 @@ def test_sqlite_loses_nothing(short_tmp: Path, seed: int) -> None:
             writers = [Writer(root / f"{mode}.db", mode, seed) for mode in MODES]
             call("sync", "-f", str(root))
             past = Past(daemon, "d", short_tmp, rng)
+            with running(writers):
+                live_through(daemon, writers, past, rng)
             for writer in writers:
-                writer.start()
-            live_through(daemon, writers, past, rng)
-            for writer in writers:
-                writer.end()
+                assert writer.error is None, writer.error
+                assert len(writer.begun) == len(writer.committed)
             with past.now() as found:
                 for writer in writers:
                     assert writer.check(found, time.time_ns() + SECOND_NS) == len(writer.begun)
