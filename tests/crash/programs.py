@@ -64,6 +64,12 @@ def file_system(daemon: Daemon, name: str, folder: Path) -> Iterator[Path]:
             yield root
 
 
+def victims(rng: random.Random, count: int) -> list[str]:
+    """So many of VICTIMS; all at once comes first."""
+    order = ["all", *rng.sample(VICTIMS[:-1], len(VICTIMS) - 1)]
+    return (order * (count // len(order) + 1))[:count]
+
+
 def kill(daemon: Daemon, name: str, victim: str) -> None:
     """SIGKILL of one of VICTIMS; what nobody else starts again is started."""
     if victim == "all":

@@ -20,7 +20,7 @@ from typing import NoReturn
 import pytest
 
 from tests.crash.postgresql import Bench, Cluster, Counts, programs
-from tests.crash.programs import FULL, VICTIMS, Past, file_system, kill
+from tests.crash.programs import FULL, Past, file_system, kill, victims
 from tests.interop.commands import eventually
 from tests.interop.daemon import Daemon
 from tests.interop.devices import call, device, mounted
@@ -131,9 +131,8 @@ def test_every_point_of_a_running_pgbench_is_a_whole_database(short_tmp: Path, s
 
 def test_a_running_pgbench_survives_kills_of_the_daemon(short_tmp: Path, seed: int) -> None:
     rng = random.Random(seed)
-    victims = [*rng.sample(VICTIMS, len(VICTIMS)) * (KILLS // len(VICTIMS) + 1)][:KILLS]
     with running(short_tmp, rng) as run:
-        for number, victim in enumerate(victims, 1):
+        for number, victim in enumerate(victims(rng, KILLS), 1):
             run.go_on(rng.randrange(1, 200))
             kill(run.daemon, "d", victim)
             run.go_on(20)

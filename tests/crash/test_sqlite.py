@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from cdp.clock import SECOND_NS
-from tests.crash.programs import FULL, VICTIMS, Past, bounds, file_system, kill
+from tests.crash.programs import FULL, Past, bounds, file_system, kill, victims
 from tests.interop.daemon import Daemon
 from tests.interop.devices import call, device, mounted
 
@@ -195,10 +195,8 @@ def test_sqlite_loses_nothing(short_tmp: Path, seed: int) -> None:
 
 def live_through(daemon: Daemon, writers: list[Writer], past: Past, rng: random.Random) -> None:
     """Kills, and points opened between them, while the databases are written to."""
-    victims = [*rng.sample(VICTIMS, len(VICTIMS)) * (KILLS // len(VICTIMS) + 1)][:KILLS]
-    victims[0] = "all"
     left = POINTS - POINTS // 2
-    for number, victim in enumerate(victims):
+    for number, victim in enumerate(victims(rng, KILLS)):
         for writer in writers:
             writer.go_on(rng.randrange(5, 30))
         kill(daemon, "d", victim)
