@@ -92,7 +92,7 @@ def details(disk: Json) -> list[tuple[str, str]]:
             "journal size",
             f"{number('journal_bytes', size)} of {size(limit) if limit else 'no limit'}: "
             f"redo {number('redo_bytes', size)}, undo {number('undo_bytes', size)}, "
-            f"index {number('index_bytes', size)}; when full: {number('overflow')}",
+            f"index and reserves {number('index_bytes', size)}; when full: {number('overflow')}",
         ),
         (
             "seq",

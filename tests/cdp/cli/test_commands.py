@@ -46,6 +46,7 @@ def test_status_of_one_disk(cdp: Cdp, api: FakeApi) -> None:
     api.answer("GET", "/v1/status", status(disk("disk0", poisoned=True, reason="EIO")))
     out = cdp("status", "disk0").out
     assert "state         served, poisoned: EIO\n" in out
+    assert "index and reserves 5 MiB" in out
     assert "size          10 GiB (10737418240 bytes)\n" in out
     window = "window        2 h since 2025-11-24 11:30:15+01:00 (seq 17), configured: 2 d\n"
     assert window in out
