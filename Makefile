@@ -71,7 +71,7 @@ bench: setup
 
 test-crash: setup
 	@deploy/install-packages deploy/debian-packages-crash.txt
-	CDP_CRASH_FULL=1 $(BIN)/python -m pytest -q -m crash --timeout 7200 $(WORKERS) $(ARGS) tests/crash
+	CDP_CRASH_FULL=1 $(BIN)/python -m pytest -q -m crash --timeout 7200 $(ARGS) tests/crash
 
 soak: setup
 	$(BIN)/python -m tests.crash.soak $(ARGS)

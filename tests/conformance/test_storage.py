@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from journal.storage import IOV_MAX, RealStorage, Storage
-from tests.crash.sim_storage import SimStorage
+from tests.crash.sim_storage import Crash, SimStorage
 
 Make = Callable[[], Storage]
 
@@ -254,3 +254,85 @@ def test_a_sync_covers_what_was_written_before_it_was_called() -> None:
         file.sync()
         found = storage.crash().open("one", "read").read(0, 512)
         assert found[:1] in (b"a", b"b") or set(found) - set(b"ab")
+
+
+def test_a_crash_decides_of_each_change_by_itself() -> None:
+    """A write, a size, a new name, another name, a removed one: every combination is met."""
+    outcomes = set()
+    for seed in range(600):
+        storage = SimStorage(seed)
+        for name in ("d/size", "d/write", "d/old", "d/removed"):
+            file = storage.open(name, "create")
+            file.write(0, [b"a" * 512])
+            file.sync()
+        storage.sync_dir("d")
+        storage.open("d/size", "write").allocate(100)
+        storage.open("d/write", "write").write(0, [b"b" * 512])
+        storage.open("d/created", "create")
+        storage.rename("d/old", "d/renamed")
+        storage.unlink("d/removed")
+        after = storage.crash()
+        names = after.list("d")
+        assert ("old" in names) != ("renamed" in names), "a rename is one change"
+        outcomes.add(
+            (after.open("d/size", "read").size() == 100,
+             after.open("d/write", "read").read(0, 512) == b"b" * 512,
+             "created" in names, "renamed" in names, "removed" in names)
+        )  # fmt: skip
+    assert len(outcomes) == 32
+
+
+def test_the_same_seed_leaves_the_same() -> None:
+    def left(seed: int) -> bytes:
+        storage = SimStorage(seed)
+        file = storage.open("one", "create")
+        storage.sync_dir("")
+        file.write(0, [bytes([number % 256 for number in range(20_000)])])
+        return storage.crash().open("one", "read").read(0, 20_000)
+
+    assert left(1) == left(1)
+    assert len({left(seed) for seed in range(20)}) > 10
+
+
+def test_a_failed_sync_of_a_directory_says_nothing_of_its_names() -> None:
+    """The next one succeeds and makes none of them durable."""
+    outcomes = set()
+    for seed in range(40):
+        storage = SimStorage(seed)
+        storage.faults["sync_dir", 1] = errno.EIO
+        for name in ("d/one", "d/two"):
+            storage.open(name, "create").sync()
+        with pytest.raises(OSError):
+            storage.sync_dir("d")
+        storage.sync_dir("d")
+        assert storage.list("d") == ["one", "two"]
+        outcomes.add(tuple(storage.crash().list("d")))
+    assert outcomes == {(), ("one",), ("two",), ("one", "two")}
+
+
+def test_a_power_loss_may_take_one_side_only() -> None:
+    storage = SimStorage(0)
+    for name in ("a/synced", "b/synced"):
+        file = storage.open(name, "create")
+        file.write(0, [b"old"])
+        file.sync()
+        storage.sync_dir(name[0])
+        file.write(0, [b"new"])
+        storage.open(f"{name[0]}/created", "create")
+    after = storage.lose(lambda name: name.startswith("a/"))
+    assert after.open("a/synced", "read").read(0, 3) == b"old"
+    assert after.open("b/synced", "read").read(0, 3) == b"new"
+    assert (after.list("a"), after.list("b")) == (["synced"], ["created", "synced"])
+
+
+def test_an_operation_that_a_crash_interrupts_has_happened_in_part() -> None:
+    """As a process sees it that is killed in the middle of a write."""
+    lengths = set()
+    for seed in range(100):
+        storage = SimStorage(seed, crash_at=2)
+        file = storage.open("one", "create")
+        with pytest.raises(Crash):
+            file.write(0, [b"x" * 1000])
+        lengths.add(storage.kill().open("one", "read").size())
+    assert len(lengths) > 30
+    assert max(lengths) <= 1000

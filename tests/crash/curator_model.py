@@ -36,6 +36,7 @@ from journal.recovery import recover
 from journal.redo import RedoWriter
 from journal.segment import SegmentLister
 from journal.spares import Spares
+from journal.storage import RealStorage
 from replay.history import History
 from replay.places import Places
 from replay.rollback import plan as plan_rollback
@@ -52,6 +53,7 @@ from tests.crash.curator_storage import (
     read_log,
     values,
 )
+from tests.crash.curator_watch import Watch
 from tests.crash.sim_storage import Inode, SimStorage
 
 BOOT = bytes(16)
@@ -94,6 +96,10 @@ class World:
     pending: dict[int, int] | None = None  # sources by block, inside a rollback
     in_gap: bool = False
     crash_next: int = 0  # operations from the next failure on until there is another one
+    spares: float = 0.1  # how many syncs are followed by the preparation of a segment
+    course: str = ""  # how it came to be, where that is known
+    on_failure: Callable[[], None] = lambda: None  # told of a failure, before what comes after it
+    on_operation: Callable[[], None] = lambda: None  # asked at the beginning of each operation
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -109,7 +115,8 @@ class World:
         self.points: Points | None = None
         self.writer: RedoWriter | None = None
         self._eyes: tuple[int, Places] | None = None
-        self.before_write: Callable[[int, int], None] = lambda offset, length: None
+        self.watch = Watch(self)
+        self.before_write: Callable[[int, int], None] = self.watch.before_write
         self._boot()
         self.start_curator()
 
@@ -126,19 +133,56 @@ class World:
     def _boot(self, applied: float | None = None) -> None:
         """A new boot: nothing but the storage is left, and the catalog's `applied`, understated."""
         self.lives += 1
-        here = self.root / f"life-{self.lives}"
-        (here / "index").mkdir(parents=True)
-        self.routed = Routed(self.sim, here)
-        config = DiskConfig(
-            name="d", uuid=DISK.hex(), size=self.size, block_size=512, backing="",
-            journal=str(here), window_seconds=None, segment_bytes=self.segment_bytes,
-            journal_limit=1 << 40,
-        )  # fmt: skip
-        self.child = Processes("curator", self.root, config, -1, 0, -1)
-        self.frontier = Frontier.open(here / "frontier", disk=DISK, boot_id=BOOT, create=True)
+        self.sim.before = self._before_operation
+        (self.here / "index").mkdir(parents=True)
+        self.routed = Routed(self.sim, self.here)
+        self.child = self._child()
+        self.frontier = self._open_frontier()
+        self.watch.applied = -1
         if applied is not None:
             self.understate_applied(applied)
         self.start_recorder()
+
+    @property
+    def here(self) -> Path:
+        """Where the index and the frontier of this boot lie."""
+        return self.root / f"life-{self.lives}"
+
+    def _child(self) -> Processes:
+        config = DiskConfig(
+            name="d", uuid=DISK.hex(), size=self.size, block_size=512, backing="",
+            journal=str(self.here), window_seconds=None, segment_bytes=self.segment_bytes,
+            journal_limit=1 << 40,
+        )  # fmt: skip
+        return Processes("curator", self.root, config, -1, 0, -1)
+
+    def _open_frontier(self) -> Frontier:
+        return Frontier.open(self.here / "frontier", disk=DISK, boot_id=BOOT, create=True)
+
+    def _before_operation(self) -> None:
+        self.watch.look()
+        self.on_operation()
+
+    def copy(self, root: Path) -> None:
+        """Copy what lies in files to a new directory."""
+        shutil.copytree(self.here, root / self.here.name)
+
+    def move(self, root: Path) -> None:
+        """Go on with such a copy: whoever has the rest in common (a process that forked) is not
+        concerned any more.
+        """
+        self.root = root
+        WORLDS[root] = self
+        self.child = self._child()
+        self.routed.real = RealStorage(self.here)
+        self.frontier.close()
+        vars(self.frontier).update(vars(self._open_frontier()))
+        histories = [self.engine.history] if self.engine is not None else []
+        if self._eyes is not None:
+            histories.append(self._eyes[1]._history)
+        for history in histories:
+            for runs in (history.redo_runs, history.undo_runs):
+                runs._directory = self.here / "index"
 
     def start_recorder(self) -> None:
         """Recovery of the redo log; what it found replaces what was appended."""
@@ -157,6 +201,7 @@ class World:
         self.writer = RedoWriter(
             self.routed, DISK, recovered.start, segment_bytes=self.segment_bytes,
             identity=lambda: self.random.randbytes(16), on_segment=self._new_segment,
+            on_durable=self._promised,
             spares=Spares(self.routed, self.segment_bytes, 1),
         )  # fmt: skip
         self.masks = set(recovered.masks)
@@ -167,12 +212,15 @@ class World:
         frontier.durable = max(frontier.durable, recovered.durable)
         frontier.epoch += 1
         self.synced = recovered.durable
+        self.watch.look()
         self.advance()
         self.acting = ""
 
     def _judge(self, durable: int) -> None:
         """A prefix of what was appended, with all that was promised; then only recovery's words."""
         found = read_log(self.routed, durable)
+        for seq in found.keys() & self.records.keys():  # a seq once shown keeps its meaning
+            assert seq > self.synced or found[seq] == self.records[seq], f"{seq}: {found[seq]}"
         own = False
         reclaimed = Catalog.open(self.routed, DISK, read_only=True).reclaimed
         kept = {seq: record for seq, record in self.records.items() if seq <= reclaimed}
@@ -191,6 +239,10 @@ class World:
 
     def _new_segment(self, _number: int) -> None:
         self.frontier.redo_generation += 1
+
+    def _promised(self, durable: int) -> None:
+        """What the recorder is told, others may count on at once."""
+        self.synced = self.frontier.durable = durable
 
     def start_curator(self) -> None:
         """A curator."""
@@ -213,6 +265,7 @@ class World:
         self._plan_crash()
 
     def _plan_crash(self) -> None:
+        self.on_failure()
         self.sim.crash_at = self.sim.operations + self.crash_next if self.crash_next else 0
 
     def kill_curator(self) -> None:
@@ -233,18 +286,24 @@ class World:
         self.kill_recorder()
         self.start_curator()
 
-    def lose_power(self, how: str = "random", *, applied: float | None = None) -> None:
+    def lose_power(
+        self, how: str | Callable[[str], bool] = "random", *, applied: float | None = None
+    ) -> None:
         """What was not synced survives, or not, or in part.
 
-        ``how``: "random"; or the worst for a rule of order: "journal" loses all that is not synced
-        of the journal and nothing of the backing, "backing" the other way round. ``applied``:
-        where between the least possible and the true value the catalog's is put.
+        ``how``: "random"; or the worst for a rule of order: "journal" keeps all of the journal and
+        of the backing only what was synced, "backing" the other way round; or whether a file, by
+        its name, loses what is not synced. ``applied``: where between the least possible and the
+        true value the catalog's is put.
         """
         self.stop_curator()
         self.writer = None
         self.frontier.close()
-        shutil.rmtree(self.root / f"life-{self.lives}")
-        self.sim = self.sim.crash() if how == "random" else one_sided(self.sim, keep=how)
+        shutil.rmtree(self.here)
+        if not isinstance(how, str):
+            self.sim = self.sim.lose(how)
+        else:
+            self.sim = self.sim.crash() if how == "random" else one_sided(self.sim, keep=how)
         self._plan_crash()
         self._boot(applied)
         self.start_curator()
@@ -375,8 +434,8 @@ class World:
         """What was appended becomes durable."""
         assert self.writer is not None
         self.acting = "recorder"
-        self.synced = self.frontier.durable = self.writer.sync()
-        if self.writer.spares.wanted and self.random.random() < 0.1:
+        assert self.writer.sync() == self.synced
+        if self.writer.spares.wanted and self.random.random() < self.spares:
             self.writer.spares.prepare(lambda: True)
         self.acting = ""
 
@@ -511,6 +570,13 @@ class World:
         """The oldest segment, whether the policy wants it or not; False: it cannot be now."""
         return bool(self.act(lambda engine: engine.reclaim_oldest()))
 
+    def roll(self) -> None:
+        """The undo segment being written is finished."""
+        self.acting = "curator"
+        self.running.work.undo.roll()
+        self.running.work.publish()
+        self.acting = ""
+
     def sweep(self) -> bool:
         """One undo segment, whether it pays or not; False: there is none."""
         closed = self.running.closed_undo()
@@ -523,6 +589,15 @@ class World:
     def move_window(self, seq: int) -> None:
         """The window begins at a later seq."""
         self.act(lambda engine: engine.move_window(seq))
+
+    def pin(self, seq: int | None) -> None:
+        """Keep a point for a view; None: the view is closed."""
+        self.acting = "curator"
+        if seq is None:
+            self.running_points.unpin("view")
+        else:
+            self.running_points.pin("view", seq, owner="view", opened_ns=0, max_age_s=0)
+        self.acting = ""
 
     def unbookmark(self) -> None:
         """Remove one bookmark, if there is a durable one."""

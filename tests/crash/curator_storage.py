@@ -13,7 +13,7 @@ from journal.format import BLOCK, Kind, Log
 from journal.segment import SegmentLister, load_table, open_segment, read_blocks, read_body
 from journal.storage import Buffer, File, Mode, RealStorage, Storage
 from replay.work import at_once
-from tests.crash.sim_storage import Inode, SimStorage
+from tests.crash.sim_storage import SimStorage
 
 DISK = b"curator crashes."
 BACKING = "backing"
@@ -93,16 +93,7 @@ class Backing:
 
 def one_sided(sim: SimStorage, *, keep: str) -> SimStorage:
     """A power loss that loses nothing of the one side, and all that is not synced of the other."""
-    after = SimStorage(sim.random.getrandbits(32))
-    journal = keep == "journal"
-    names = dict(sim.live) if journal else dict(sim.durable)
-    made: dict[int, Inode] = {}
-    for name, inode in names.items():
-        kept = inode.live if (name == BACKING) != journal else inode.durable
-        if id(inode) not in made:
-            made[id(inode)] = Inode(bytearray(kept), bytearray(kept))
-        after.live[name] = after.durable[name] = made[id(inode)]
-    return after
+    return sim.lose(lambda name: (name == BACKING) == (keep == "journal"))
 
 
 def read_log(storage: Storage, durable: int) -> dict[int, Record]:

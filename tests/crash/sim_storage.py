@@ -22,6 +22,7 @@ from journal.storage import Buffer, Mode
 
 SECTOR = 512
 PAGE = 4096
+ENDLESS = 1 << 62
 
 
 class Crash(BaseException):
@@ -40,7 +41,7 @@ class Inode:
 class SimStorage:
     """See the module. ``live`` and ``durable`` map names to inodes; ``renames`` are atomic."""
 
-    def __init__(self, seed: int, *, crash_at: int = 0, space: int = 1 << 62) -> None:
+    def __init__(self, seed: int, *, crash_at: int = 0, space: int = ENDLESS) -> None:
         self.random = random.Random(seed)
         self.live: dict[str, Inode] = {}
         self.durable: dict[str, Inode] = {}
@@ -54,6 +55,7 @@ class SimStorage:
         self.bad_pages: set[tuple[str, int]] = set()
         self.open_files = 0
         self.during_sync: Callable[[], None] | None = None
+        self.before: Callable[[], None] | None = None  # asked at the beginning of each operation
 
     # ------------------------------------------------------------------------------- bookkeeping
     def step(self, operation: str, name: str) -> bool:
@@ -64,6 +66,8 @@ class SimStorage:
         code = self.faults.get((operation, count))
         if code is not None:
             raise OSError(code, os.strerror(code), name)
+        if self.before is not None:
+            self.before()
         return self.operations == self.crash_at
 
     def used(self) -> int:
@@ -85,6 +89,22 @@ class SimStorage:
                 images[id(inode)] = Inode(bytearray(content), bytearray(content))
             after.live[name] = images[id(inode)]
             after.durable[name] = images[id(inode)]
+        return after
+
+    def lose(self, lost: Callable[[str], bool]) -> SimStorage:
+        """A power loss that takes all that is not synced of some files, and nothing of the others.
+
+        ``lost``: whether a file, by its name, is one of the first.
+        """
+        after = SimStorage(self.random.getrandbits(32), space=self.space)
+        names = {name: inode for name, inode in self.live.items() if not lost(name)}
+        names |= {name: inode for name, inode in self.durable.items() if lost(name)}
+        images: dict[int, Inode] = {}
+        for name, inode in names.items():
+            if id(inode) not in images:
+                content = inode.durable if lost(name) else inode.live
+                images[id(inode)] = Inode(bytearray(content), bytearray(content))
+            after.live[name] = after.durable[name] = images[id(inode)]
         return after
 
     def kill(self, *, evict: bool = False) -> SimStorage:
@@ -169,18 +189,26 @@ class SimStorage:
         return sorted({name.split("/")[0] for name in below})
 
     def sync_dir(self, directory: str) -> None:
-        crash = self.step("sync_dir", directory)
+        try:
+            crash = self.step("sync_dir", directory)
+        except OSError:
+            self._settle(directory, 0.5)  # as of pages: called clean, and some of it is not there
+            raise
         if crash and self.random.random() < 0.5:
             raise Crash
-        rest = []
-        for change in self.name_changes:
-            if _directory(change[1].split("\0")[0]) == directory:
-                _set(self.durable, change[1], change[2])
-            else:
-                rest.append(change)
-        self.name_changes = rest
+        self._settle(directory, 1.0)
         if crash:
             raise Crash
+
+    def _settle(self, directory: str, share: float) -> None:
+        """Names in a directory are not dirty any more: so large a share of them is durable."""
+        rest = []
+        for change in self.name_changes:
+            if _directory(change[1].split("\0")[0]) != directory:
+                rest.append(change)
+            elif share == 1.0 or self.random.random() < share:
+                _set(self.durable, change[1], change[2])
+        self.name_changes = rest
 
     def _change_name(self, kind: str, name: str, inode: Inode | None) -> None:
         self.name_changes.append((kind, name, inode))
@@ -220,7 +248,8 @@ class SimFile:
             return
         crash = self._storage.step("write", self._name)
         grows = max(0, offset + len(data) - len(self._inode.live))
-        room = self._storage.space - self._storage.used()
+        endless = self._storage.space == ENDLESS
+        room = grows if endless or not grows else self._storage.space - self._storage.used()
         if grows > room:
             # Like the kernel: what fits is written before the error is reported.
             self._put(offset, data[: max(0, len(self._inode.live) + room - offset)])

@@ -5,7 +5,6 @@ Each was seen to fail with its rule broken.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +17,6 @@ from tests.crash.curator_model import World
 from tests.crash.curator_storage import values
 
 pytestmark = [pytest.mark.crash, pytest.mark.expect_log("were acknowledged", required=False)]
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path, 1)
 
 
 # --------------------------------------------------------------------------- PROTOCOLS: `applied`

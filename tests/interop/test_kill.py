@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +136,29 @@ def test_a_prefix_with_all_that_was_flushed_survives(
             found = upto
     daemon.cdp("rollback", "d", "--to", "start", "--yes")
     assert prefix_of(read_disk(daemon.uri("d"))) == 0
+
+
+@pytest.mark.crash
+def test_a_recorder_dies_with_prepared_segments(daemon: Daemon, seed: int) -> None:
+    """Whether they are in use already or not: its successor removes those that are nobody's."""
+    rng = random.Random(seed)
+    daemon.cdp("disk", "add", "d", "--size", str(BLOCKS * BLOCK), "--segment-bytes", "1M",
+               "--journal-limit", "128M")  # fmt: skip
+    done = 0
+    for _ in range(ROUNDS):
+        writer = Writer(daemon.uri("d"), done + 1, rng)
+        writer.start()
+        prepared: set[Path] = set()
+        deadline = time.monotonic() + 60
+        while not prepared and time.monotonic() < deadline:
+            # Those of a process before this one would have been there before it wrote anything.
+            writer.enough.wait(60)
+            prepared = set(daemon.directory.glob("**/redo/spare-*.tmp"))
+            threading.Event().wait(0.005)
+        assert prepared, "nothing is prepared in a minute"
+        os.kill(daemon.children()["d/recorder"], 9)
+        writer.join(60)
+        survived = prefix_of(read_disk(daemon.uri("d")))
+        assert writer.flushed <= survived <= writer.sent
+        assert not set(daemon.directory.glob("**/redo/spare-*.tmp")) & prepared
+        done = survived

@@ -11,6 +11,7 @@ import trio
 
 from cdp.nbd.wire import NBD_CMD_FLAG_FUA
 from cdp.recorder.connection import Connection
+from cdp.recorder.engine import Recorder
 from cdp.recorder.process import Process
 from tests.cdp.recorder.support import (
     FLUSH,
@@ -221,6 +222,32 @@ async def test_reads_of_applied_data_come_from_the_backing(
     applier.step()
     assert await client.read(4096, 4096) == b"w" * 100 + bytes(3996)
     assert not recorder.overlay.masks
+    applier.close()
+
+
+@pytest.mark.parametrize("before", [True, False])
+async def test_what_is_read_is_applied_at_that_moment(
+    process: Process, client: Client, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """! The tail is looked up first, the backing read then: the other way round neither has it."""
+    await client.write(0, b"x" * 4096 + b"y" * 4096)
+    await client.trim(4096, 4096)
+    await client.flush()
+    applier, advance, steps = Applier(process), Recorder.advance, []
+
+    def racing(self: Recorder) -> bool:
+        if before:
+            steps.append(applier.step())
+        moved = advance(self)
+        if not before:
+            steps.append(applier.step())
+        return moved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "advance", racing)
+        for _ in range(2):
+            assert await client.read(0, 12288) == b"x" * 4096 + bytes(8192)
+    assert steps[0] == 2
     applier.close()
 
 
