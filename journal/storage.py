@@ -330,11 +330,17 @@ class Room:
     """
 
     def __init__(self, units: int, unit: int) -> None:
+        self._units, self._unit = units, unit
+        self._make()
+        _rooms.add(self)
+
+    def _make(self) -> None:
+        size = self._units * self._unit
         self._fd = os.memfd_create("room", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self._fd)
-        os.posix_fallocate(self._fd, 0, units * unit)  # or a lack of memory would be a SIGBUS
-        self.view = memoryview(mmap.mmap(self._fd, units * unit))
-        self.blocks = [self.view[at : at + unit] for at in range(0, units * unit, unit)]
+        os.posix_fallocate(self._fd, 0, size)  # or a lack of memory would be a SIGBUS
+        self.view = memoryview(mmap.mmap(self._fd, size))
+        self.blocks = [self.view[at : at + self._unit] for at in range(0, size, self._unit)]
 
     def gather(self, parts: Sequence[Buffer], total: int) -> bool:
         """Copy the parts (IOV_MAX at most), ``total`` bytes, one behind the other, to the begin.
@@ -346,3 +352,15 @@ class Room:
             return os.pwritev(self._fd, parts, 0) == total
         except OSError:
             return False
+
+
+_rooms: Final[weakref.WeakSet[Room]] = weakref.WeakSet()
+
+
+def _part_from_parent() -> None:
+    for room in list(_rooms):
+        room._make()
+
+
+# The memory of a file stays one and the same after a fork: two processes would gather to it.
+os.register_at_fork(after_in_child=_part_from_parent)

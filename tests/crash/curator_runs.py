@@ -144,7 +144,7 @@ class Run:
 
         def recovery() -> None:
             fail(world, failure, rng)
-            self._check(world, rng)
+            self._check(world, course, "first")
             # Nothing may rest on it that apply catches up before anything else is done.
             for what in rng.choice(BEHIND):
                 perform(world, what, rng)
@@ -158,22 +158,24 @@ class Run:
         self.judged += 1
         if self.forks is not None:
             self.forks.tally.counts[f"failures {len(course.branches)}"] += 1
-        self._check(world, rng)
+        self._check(world, course, "applied")
         if rng.random() < self.more:
             story(world, f"{course} more", 6)
             world.lose_power()
-            self._check(world, rng)
+            self._check(world, course, "more")
         check_backing(world)
         if rng.random() < self.again:
             check_again(world)
-            self._check(world, rng)
+            self._check(world, course, "again")
         if rng.random() < self.emptied:
             check_index(world)
-            self._check(world, rng)
+            self._check(world, course, "index")
             check_emptied(world)
         world.close()
 
-    def _check(self, world: World, rng: random.Random) -> None:
+    def _check(self, world: World, course: Course, when: str) -> None:
+        """Random numbers of its own: what is done must not depend on how much is looked at."""
+        rng = random.Random(f"{course} {when}")
         check(world, eyes=(rng.choice(EYES),), some=rng if self.quick else None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def test_pieces_are_gathered(tmp_path: Path, content: bytes) -> None:
     assert room.gather([], 0)
     assert not room.gather(parts[:1], 2 * PAGE), "less than what was wanted"
     file.close()
+
+
+def test_a_forked_process_gathers_elsewhere() -> None:
+    """The memory of a file stays shared: one would overwrite what the other is about to look at."""
+    room = Room(1, PAGE)
+    assert room.gather([b"p" * PAGE], PAGE)
+    child = os.fork()
+    if not child:
+        gathered = room.gather([b"c" * PAGE], PAGE) and room.blocks[0] == b"c" * PAGE
+        os._exit(0 if gathered else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert room.view == b"p" * PAGE
 
 
 def test_what_cannot_be_read_kills_nobody(tmp_path: Path, content: bytes) -> None:
