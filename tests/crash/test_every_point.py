@@ -27,11 +27,6 @@ from journal.format import Kind
 from tests.crash.curator_forks import Branch, Choose, Course, Forks, Tally
 from tests.crash.curator_runs import FAILURES, Plan, Run, at_random, every, nothing, replay
 
-pytestmark = [
-    pytest.mark.crash,
-    pytest.mark.expect_log("were acknowledged|history before seq", required=False),
-]
-
 FULL = os.environ.get("CDP_CRASH_FULL") == "1"
 RUNS = int(os.environ.get("CDP_CRASH_RUNS") or (100_000 if FULL else 100))
 SECONDS = float(os.environ.get("CDP_CRASH_SECONDS") or 3600)
@@ -39,6 +34,12 @@ COURSE = os.environ.get("CDP_CRASH_COURSE")
 ORDERS = ("power", "both")  # the power goes, or all processes die: the pairs are in every order
 PASSES = 16  # over the history: so an end before the end has seen something of everywhere
 SHOWN = 5
+
+pytestmark = [
+    pytest.mark.crash,
+    pytest.mark.expect_log("were acknowledged|history before seq", required=False),
+    pytest.mark.timeout(max(7200, 2 * SECONDS) if FULL else 400),
+]
 
 
 class Long:
