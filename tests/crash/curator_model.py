@@ -312,8 +312,9 @@ class World:
         """Put the catalog's `applied` between the least possible and the true value."""
         catalog = Catalog.open(self.routed, DISK, file_bytes_min=CATALOG_BYTES)
         lister = SegmentLister(self.routed, Log.REDO, DISK)
-        low = max(lister.refresh()[0].first_seq - 1, 0)
-        high = max(catalog.applied, low)
+        high = max(catalog.applied, catalog.reclaimed)
+        # The oldest segment may be one whose header is torn: what is listed may begin behind it.
+        low = min(max(lister.refresh()[0].first_seq - 1, 0), high)
         choice = low + round(part * (high - low))
         while choice > low and self.model[choice] is None:
             choice -= 1
