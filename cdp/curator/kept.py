@@ -58,11 +58,15 @@ class Kept:
 
     def _refs(self, rollbacks: list[Rollback]) -> set[int]:
         """Sources of the refs in the redo log."""
+        # What counts is whether the segment is there. The catalog says "reclaimed" before it goes,
+        # which a crash may have kept from happening, or undone: its refs are facts until then.
+        infos = self._redo.segments()
+        gone = min([self._catalog.reclaimed, *(info.first_seq - 1 for info in infos[:1])])
         # What was given up to others' writes is void, refs and all.
-        reclaimed = max(self._catalog.reclaimed, self._catalog.voided)
+        gone = max(gone, self._catalog.voided)
         there = [
             each for each in rollbacks
-            if each.end is None or (each.committed and each.end > reclaimed)
+            if each.end is None or (each.committed and each.end > gone)
         ]  # fmt: skip
         self._sources = {each: self._sources[each] for each in there if each in self._sources}
         found: set[int] = set()

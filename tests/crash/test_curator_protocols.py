@@ -156,12 +156,12 @@ def test_a_reader_begins_again_when_a_segment_of_its_snapshot_is_gone(world: Wor
     reader = world.reader()
     reader.refresh()
     reader.redo.close()  # type: ignore[attr-defined]  # no file is open any more
-    tables = dict(reader.redo.cache._tables)  # type: ignore[attr-defined]
+    tables = dict(reader.redo.cache._tables)
     seq = 3
     while world.reclaim():
         pass
     assert seq in world.openable()
-    reader.redo.cache._tables.update(tables)  # type: ignore[attr-defined]
+    reader.redo.cache._tables.update(tables)
     assert values(reader.read(seq, 0, world.blocks)) == world.model[seq]
     # And an image that is swept meanwhile: it was copied.
     world.kill_curator()

@@ -6,9 +6,11 @@ import pytest
 
 from journal.catalog import Catalog
 from journal.errors import Conflict
+from journal.segment import SegmentInfo
 from tests.crash.curator_checks import ascending, check, check_backing
 from tests.crash.curator_model import World
 from tests.crash.curator_storage import BACKING, DISK, Later, values
+from tests.crash.sim_storage import Crash
 
 pytestmark = [pytest.mark.crash, pytest.mark.expect_log("were acknowledged", required=False)]
 
@@ -242,4 +244,44 @@ def test_r9_a_block_is_known_to_be_zero_only_after_a_sync(world: World) -> None:
     while world.reclaim():
         pass
     world.lose_power("journal")
+    check(world)
+
+
+def test_r6_a_ref_counts_until_its_segment_is_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """! The catalog says "reclaimed" before the file goes. A crash in between leaves the file, and
+    its refs are what points are made of: what they need must not be swept.
+    """
+    world.write(0)
+    world.write(0)
+    world.bookmark()  # keeps what block 0 held before the rollback
+    world.fill_segments(1)
+    world.rollback(1)
+    committed = world.frontier.durable
+    world.fill_segments(2)
+    world.apply_all()
+
+    def oldest() -> SegmentInfo:
+        return world.running.history.redo.segments()[0]
+
+    while oldest().bound < committed:
+        assert world.reclaim()
+    world.move_window(committed + 1)
+
+    def crash(_name: str) -> None:
+        raise Crash
+
+    there = oldest()
+    with monkeypatch.context() as patched:
+        patched.setattr(world.running.work.storage, "unlink", crash)
+        with pytest.raises(Crash):
+            world.running.reclaim_oldest()
+    world.kill_both()
+    assert world.running.catalog.reclaimed >= committed
+    assert oldest().segment == there.segment
+    world.apply_all()
+    world.roll()
+    for _ in range(3):
+        world.sweep()
     check(world)
