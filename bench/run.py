@@ -1,6 +1,6 @@
 """All measurements, or those that are named; each is a program of its own.
 
-    python bench/run.py [burst] [sustained] [latency] [views] [memory] [curator] [index]
+    python bench/run.py [burst] [sustained] [latency] [views] [memory] [curator] [index] [scrub]
                         [--quick] [--directory DIR]
 
 `--quick` shows in some minutes that everything runs; its sizes are too small for its numbers to
@@ -32,6 +32,7 @@ QUICK = {
     "memory": "--writes 40000 --trims 4000",
     "curator": "--records 100000 --disk-gib 0.25",
     "index": "--records 200000",
+    "scrub": "--mib 64 --repeat 2",
 }
 NEEDED = {"burst": ("fio", "qemu-nbd", "nbdkit"), "sustained": ("fio", "qemu-nbd")} | {
     name: ("fio",) for name in ("latency", "views", "memory")

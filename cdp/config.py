@@ -37,6 +37,10 @@ TIB: Final = 1024 * GIB
 SIZE_MAX: Final = BLOCKS_MAX * BLOCK
 SYNC_AGE_SECONDS_MIN: Final = 0.01
 SYNC_AGE_SECONDS_MAX: Final = 60.0
+SCRUB_INTERVAL_SECONDS_MIN: Final = 3600.0
+SCRUB_RATE_MIN: Final = 64 << 10
+# A fifth of what a single hard disk gives; a journal of 10 TiB takes four of the seven days.
+SCRUB_RATE_DEFAULT: Final = 32 * MIB
 
 Overflow = Literal["shrink", "throttle", "block", "gap"]
 AfterLoss = Literal["auto", "hold", "offer"]
@@ -54,7 +58,8 @@ class DiskConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     `window_seconds` None keeps everything until the limit. `tail_bytes` bounds the work that is not
     applied yet, `unsynced_bytes` what a crash makes recovery copy. `released`: the backing is in
-    the administrator's hands, see `cdp disk release`.
+    the administrator's hands, see `cdp disk release`. `scrub_interval_seconds` None: the journal is
+    scrubbed only when somebody asks; `scrub_rate`: bytes a second, None for no bound.
     """
 
     name: str
@@ -75,6 +80,8 @@ class DiskConfig(Struct, frozen=True, forbid_unknown_fields=True):
     sync_age_seconds: float = 1.0
     after_loss: AfterLoss = "auto"
     released: bool = False
+    scrub_interval_seconds: float | None = 7 * 86400.0
+    scrub_rate: int | None = SCRUB_RATE_DEFAULT
 
     @property
     def id_bytes(self) -> bytes:
@@ -105,6 +112,13 @@ class DiskConfig(Struct, frozen=True, forbid_unknown_fields=True):
             "sync-age", self.sync_age_seconds, SYNC_AGE_SECONDS_MIN, SYNC_AGE_SECONDS_MAX,
             format_duration,
         )  # fmt: skip
+        if self.scrub_interval_seconds is not None:
+            _between(
+                "scrub-interval", self.scrub_interval_seconds, SCRUB_INTERVAL_SECONDS_MIN, 1e10,
+                format_duration,
+            )  # fmt: skip
+        if self.scrub_rate is not None:
+            _between("scrub-rate", self.scrub_rate, SCRUB_RATE_MIN, 1 << 50)
         return self
 
 
@@ -267,6 +281,10 @@ class LimitsConfig(Struct, frozen=True, forbid_unknown_fields=True, rename="keba
         return parse_duration(self.view_age)
 
 
+def _or_none(text: str, parse: Callable[[str], _T]) -> _T | None:
+    return None if text == "none" else parse(text)
+
+
 class DefaultsConfig(Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
     """What a new disk gets unless something else is asked for."""
 
@@ -278,6 +296,8 @@ class DefaultsConfig(Struct, frozen=True, forbid_unknown_fields=True, rename="ke
     tail: str = "1GiB"
     sync_age: str = "1s"
     after_loss: AfterLoss = "auto"
+    scrub_interval: str = "7d"  # or "none"
+    scrub_rate: str = "32MiB"  # bytes a second, or "none"
 
     def check(self) -> None:
         """:raises InvalidInput: no disk can have these."""
@@ -289,7 +309,9 @@ class DefaultsConfig(Struct, frozen=True, forbid_unknown_fields=True, rename="ke
             name="any", uuid=new_uuid(), size=BLOCK, block_size=BLOCK, backing="/", journal="/",
             window_seconds=None if self.window == "none" else parse_duration(self.window),
             segment_bytes=parse_size(self.segment), tail_bytes=parse_size(self.tail),
-            sync_age_seconds=parse_duration(self.sync_age), **values,
+            sync_age_seconds=parse_duration(self.sync_age),
+            scrub_interval_seconds=_or_none(self.scrub_interval, parse_duration),
+            scrub_rate=_or_none(self.scrub_rate, parse_size), **values,
         ).checked()  # fmt: skip
 
 
@@ -322,6 +344,10 @@ class DaemonConfig(Struct, frozen=True, forbid_unknown_fields=True, rename="keba
         }
         if self.defaults.window != "none":
             durations["defaults.window"] = self.defaults.window
+        if self.defaults.scrub_interval != "none":
+            durations["defaults.scrub-interval"] = self.defaults.scrub_interval
+        if self.defaults.scrub_rate != "none":
+            sizes["defaults.scrub-rate"] = self.defaults.scrub_rate
         for texts, parse in ((sizes, parse_size), (durations, parse_duration)):
             for key, text in texts.items():
                 try:

@@ -57,6 +57,7 @@ from journal.catalog_copies import (
     COPIES,
     STATE,
     Loaded,
+    first_difference,
     load,
     load_beside_a_writer,
     pack_entry,
@@ -210,6 +211,28 @@ class Catalog:
             "the curator takes it up again when it is restarted"
         )
         return self.failed
+
+    def repair(self) -> list[Corruption]:
+        """Read both copies again; replace those that do not say what was committed. What was wrong.
+
+        :raises JournalFull: no space for new files; nothing has changed.
+        :raises CatalogFailed: a new file could not be made durable.
+        """
+        with self._lock:
+            if self.failed is not None:
+                raise self.failed
+            assert self._copies, "opened for reading, or closed"
+            found = []
+            for copy in self._copies:
+                place = first_difference(
+                    self._storage, copy.name, self._disk, number=self._number, end=copy.end,
+                    size=copy.end + copy.room,
+                )  # fmt: skip
+                if place is not None:
+                    found.append(Corruption("damaged copy of the catalog", file=copy.name,
+                                            offset=place))  # fmt: skip
+                    self._replace(copy, 0)
+            return found
 
     # ------------------------------------------------------------------------------- new files
     def _replace(self, copy: _Copy, needed: int) -> None:

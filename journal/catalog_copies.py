@@ -195,6 +195,46 @@ def load_beside_a_writer(storage: Storage, disk: bytes) -> Loaded:
     return loaded
 
 
+def first_difference(
+    storage: Storage, name: str, disk: bytes, *, number: int, end: int, size: int
+) -> int | None:
+    """Where a copy is not what its only writer made of it: a state, all commits after it up to
+    ``number``, which end at ``end``, and zeroes up to ``size``. None: it is.
+    """
+    try:
+        file = storage.open(name, "read")
+    except FileNotFoundError:
+        return 0
+    try:
+        data = read_all(file)
+    finally:
+        file.close()
+    if len(data) != size:
+        return min(len(data), size)
+    at, before = 0, -1
+    while at < end:
+        try:
+            found = unpack_entry(data, at, disk=disk, file=name)
+        except (Corruption, UnknownVersion):
+            return at
+        if found is None or (found[0].kind == STATE) != (at == 0):
+            return at
+        if before >= 0 and found[0].number != before + 1:
+            return at
+        padding = data[at + _BODY_AT + _body_bytes(data, at) : found[1]]
+        if any(padding):
+            return at
+        before, at = found[0].number, found[1]
+    if at != end or before != number:
+        return at
+    rest = data[end:].rstrip(b"\0")
+    return end if rest else None
+
+
+def _body_bytes(data: bytes, at: int) -> int:
+    return int(_HEAD.unpack_from(data, at)[2])
+
+
 def _end_is_lost(first: _Found, second: _Found) -> bool:
     """Whether there was a newer commit than any that is whole. A crash tears one copy's end only.
 

@@ -172,7 +172,13 @@ def classify(found: Survey) -> Plan:
         else:
             cut = max(cut, stretch.last)
         end = max(end, stretch.last)
-    corruptions += _missing_ends(found)
+    missing = _missing_ends(found)
+    corruptions += missing
+    # ! What was durable and is not there is lost for ever, and no hole: not cut, or only this
+    # recovery would know. (Where D itself is a number in a hole, nothing is missing.)
+    ends = [each.last_seq for each in missing] + [each.last_seq for each in found.files]
+    lost_end = max(ends, default=0)
+    end, cut = max(end, lost_end), max(cut, lost_end)
     remove, reports = _sort_files(found, cut if copy_from else end)
     predecessor, predecessor_chain = _predecessor(found, cut, remove)
     return Plan(
@@ -215,6 +221,7 @@ def _last_found(found: Survey) -> int:
 def _missing_ends(found: Survey) -> list[Corruption]:
     """Records at or below D that should be at the end of a segment."""
     reported = {error.last_seq for error in found.corruptions}
+    reported |= {facts.last_seq for facts in found.files}
     missing = []
     for item in found.loaded:
         expected = min(item.info.bound, found.durable)
@@ -246,7 +253,8 @@ def _sort_files(found: Survey, cut: int) -> tuple[list[str], list[Corruption]]:
         if decision == "remove" and not facts.temporary:
             remove.append(facts.name)
         elif decision == "keep and report":
-            reports.append(Corruption("damaged segment header", file=facts.name))
+            what, seqs = "damaged segment header", (facts.first_seq, facts.last_seq)
+            reports.append(Corruption(what, file=facts.name, first_seq=seqs[0], last_seq=seqs[1]))
     return remove, reports
 
 

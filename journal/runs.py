@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import threading
@@ -170,7 +171,8 @@ class Run:
         except BaseException as error:
             if identity is not None:
                 _shared.release(identity)
-            if isinstance(error, lmdb.Error):
+            device = isinstance(error, OSError) and error.errno == errno.EIO
+            if device or isinstance(error, lmdb.Error):
                 raise RunDamaged(f"unusable: {error}", file=f"{INDEX}/{name}") from error
             raise
         finally:

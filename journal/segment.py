@@ -58,7 +58,7 @@ from journal.table import (
 
 __all__ = [  # what lies in `table` is part of a segment as well: one place to import it from
     "DIRECTORY", "ENDLESS", "PAGE", "SUFFIX", "TEMPORARY", "Break", "Footer", "Scanner",
-    "SegmentInfo", "SegmentLister", "Table", "TableBuilder", "Trailer", "derive_rows",
+    "SegmentInfo", "SegmentLister", "Table", "TableBuilder", "Trailer", "candidates", "derive_rows",
     "footer_offset", "load_footer", "load_table", "open_segment", "pack_footer",
     "payload_sizes", "read_blocks", "read_body", "read_info", "read_leniently", "read_rows",
     "row_sums", "segment_name",
@@ -111,7 +111,8 @@ def load_footer(file: File, info: SegmentInfo) -> Footer:
     """
     assert info.trailer is not None
     trailer, seed = info.trailer, segment_seed(info.header)
-    body = file.read(trailer.footer_offset, trailer.footer_bytes)
+    # What the device cannot read is damage, as all else: the batches are asked instead.
+    body = read_leniently(file, trailer.footer_offset, trailer.footer_bytes)
     if len(body) != trailer.footer_bytes or checksum(body, seed) != trailer.footer_sum:
         raise Corruption(
             "damaged footer", file=info.name, offset=trailer.footer_offset,
@@ -316,7 +317,7 @@ class Scanner:
     def _pass_over(self) -> bool:
         """Whether a batch was found behind the break at ``offset``; then that is where we are."""
         # From the break each time: what is appended later may lie within the file's present size.
-        for offset in _candidates(self.file, self.offset, self.file.size()):
+        for offset in candidates(self.file, self.offset, self.file.size()):
             found = self._batch_at(offset, fresh=False)
             if found is None:
                 continue
@@ -355,7 +356,7 @@ def read_leniently(file: File, offset: int, length: int) -> bytes:
     return b"".join(parts)
 
 
-def _candidates(file: File, start: int, end: int) -> Iterator[int]:
+def candidates(file: File, start: int, end: int) -> Iterator[int]:
     """Offsets from ``start`` on, multiples of ALIGN, where a batch's magic stands."""
     while start < end:
         window = read_leniently(file, start, min(_SEARCH_BYTES, end - start))

@@ -11,7 +11,15 @@ import dataclasses
 from typing import Final
 
 from journal.errors import Corruption, Unreadable
-from journal.format import BATCH_HEADER, BatchHeader, Log, unpack_batch_header
+from journal.format import (
+    BATCH_HEADER,
+    HEADER_PAGE,
+    BatchHeader,
+    Log,
+    batch_is_whole,
+    segment_seed,
+    unpack_batch_header,
+)
 from journal.segment import (
     DIRECTORY,
     ENDLESS,
@@ -21,8 +29,10 @@ from journal.segment import (
     SegmentInfo,
     SegmentLister,
     Table,
+    candidates,
     load_footer,
     open_segment,
+    read_leniently,
     segment_name,
     verify_rows,
 )
@@ -49,7 +59,8 @@ class Loaded:
 class FileFacts:
     """What is to be known of one name in the directory, to decide whether it stays.
 
-    ``needed``: records at or below D are lacking where its number stands among the others.
+    ``needed``: records at or below D are lacking where its number stands among the others: those
+    ``first_seq``..``last_seq``.
     ``void``: its records, if any, are above the cut of a newer segment. ``empty``: it is known to
     hold no record. ``device_error``: it could not even be read.
     """
@@ -61,6 +72,8 @@ class FileFacts:
     needed: bool = False
     void: bool = False
     empty: bool = False
+    first_seq: int = 0
+    last_seq: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,6 +134,31 @@ class _Surveyor:
             self.durable = max(self.durable, min(info.trailer.last_seq, info.bound))
             self.highest = max(self.highest, info.trailer.last_seq)
 
+    def take_claims(self, name: str, disk: bytes) -> None:
+        """What batches say behind a header that cannot be read.
+
+        Without it their checksums mean nothing. But a segment whose header never became durable
+        holds none that knows of a durable record in the same segment; so one that is linked to the
+        first of its segment, and does, says that this was no torn beginning.
+        """
+        number = _number(name.rpartition("/")[2])
+        file = open_segment(self.storage, name)
+        try:
+            first = last = chain = None
+            for offset in candidates(file, HEADER_PAGE, file.size()):
+                head = unpack_batch_header(read_leniently(file, offset, BATCH_HEADER.size))
+                if head is None or (head.disk, head.segment, head.offset) != (disk, number, offset):
+                    continue
+                if last is None or (head.previous, head.first_seq) != (chain, last + 1):
+                    first = head.first_seq
+                chain, last = head.chain, head.first_seq + head.count - 1
+                said = max(head.durable, head.barrier)
+                if first is not None and first <= said < head.first_seq:
+                    self.durable = max(self.durable, said)
+                    self.highest = max(self.highest, last)
+        finally:
+            file.close()
+
     def scan(self, info: SegmentInfo) -> None:
         """All batches of a segment, also behind breaks: that proves nothing, but it names seqs."""
         file = open_segment(self.storage, info.name)
@@ -166,10 +204,20 @@ class _Surveyor:
 
 
 def _last_header(file: File, info: SegmentInfo, table: Table) -> BatchHeader | None:
+    """None as well when it is damaged: the footer says the rest, and `applied` may be too low.
+
+    ! Not when it is too high: what lies between would be missing from the disk.
+    """
     if not len(table.batches):
         return None
     offset = int(table.batches["offset"][-1])
-    return unpack_batch_header(file.read(offset, BATCH_HEADER.size))
+    header = unpack_batch_header(read_leniently(file, offset, BATCH_HEADER.size))
+    if header is None or header.chain != int(table.batches["chain"][-1]):
+        return None
+    whole = batch_is_whole(
+        header, read_leniently(file, offset, header.table_bytes), segment_seed(info.header)
+    )
+    return header if whole else None
 
 
 def survey(
@@ -195,6 +243,8 @@ def survey(
     )  # fmt: skip
     for info in infos:
         marks.take_header(info)
+    for name in lister.damaged:
+        marks.take_claims(name, disk)
     live = [info for info in infos if info.first_seq <= info.bound]
     for info in reversed(live):
         if not info.sealed and info.bound > marks.durable:
@@ -267,14 +317,14 @@ def _facts(
             facts.append(FileFacts(name, temporary=True))
         elif name in damaged:
             first, last = _place(name, live, marks)
+            last = min(last, marks.durable)
+            needed = first <= last
             facts.append(
                 FileFacts(
-                    name,
-                    readable=False,
-                    device_error=isinstance(damaged[name], Unreadable),
-                    needed=first <= min(last, marks.durable),
+                    name, readable=False, device_error=isinstance(damaged[name], Unreadable),
+                    needed=needed, first_seq=first if needed else 0, last_seq=last if needed else 0,
                 )
-            )
+            )  # fmt: skip
         elif name in known:
             info = known[name]
             end = _end(info, marks.loaded)

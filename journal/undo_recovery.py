@@ -112,7 +112,7 @@ def recover_undo(
         found = _examine(storage, infos[newest], end)
         damage += found.damage
     last, ends, copied, dropped = found.last, dict[int, int](), 0, 0
-    position = pack_position(newest, found.end) if newest else 0
+    position = _position(newest, max(found.end, known.get(newest, 0)), lost)
     if found.doubtful:
         try:
             copy = _copy(storage, disk, infos[newest], next_segment, found, identity())
@@ -138,6 +138,15 @@ def recover_undo(
         void=tuple(sorted(_numbers(storage.list(_UNDO)) - known.keys() - ends.keys())),
         damage=tuple(damage),
     )
+
+
+def _position(newest: int, end: int, lost: tuple[int, ...]) -> int:
+    """Up to where readers look. ! They miss a listed segment, or the end of one, only up to there:
+    what is lost must lead to errors, not to older content. (All below the newest that is listed was
+    synced before that was put on the list.)
+    """
+    position = pack_position(newest, end) if newest else 0
+    return max(position, pack_position(lost[-1], HEADER_PAGE)) if lost else position
 
 
 def _numbers(names: list[str]) -> set[int]:

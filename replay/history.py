@@ -334,8 +334,21 @@ class History:
                 break  # the read will tell
         return np.zeros(count, bool)
 
-    def _zeroes(self, out: np.ndarray, at: np.ndarray, blocks: np.ndarray, seq: int) -> None:
+    def _snapshot_for(self, seq: int) -> Snapshot:
+        """One that knows every record up to an openable point.
+
+        :raises Corruption: there is none: the log should have more than it has.
+        """
         snapshot = self.snapshot if seq <= self.snapshot.decided else self.refresh()
+        if seq > snapshot.decided:  # ! or the newest of what is left would be taken for it
+            raise Corruption(
+                "records are damaged or gone", file="redo", first_seq=snapshot.decided + 1,
+                last_seq=seq,
+            )  # fmt: skip
+        return snapshot
+
+    def _zeroes(self, out: np.ndarray, at: np.ndarray, blocks: np.ndarray, seq: int) -> None:
+        snapshot = self._snapshot_for(seq)
         seqs, locs = self.newest_le(blocks, seq)
         self._refuse_lost(seqs, seq)
         kind = kinds_of(locs)
@@ -374,9 +387,7 @@ class History:
     def _resolve(
         self, out: bytearray | memoryview, at: np.ndarray, blocks: np.ndarray, seq: int
     ) -> None:
-        snapshot = self.snapshot
-        if seq > snapshot.decided:
-            snapshot = self.refresh()
+        snapshot = self._snapshot_for(seq)
         seqs, locs = self.newest_le(blocks, seq)
         self._refuse_lost(seqs, seq)
         hit = locs > 0
@@ -459,7 +470,7 @@ class History:
         whether they are of the redo log (bool). No loc: in the backing, if no image was published
         since the snapshot.
         """
-        snapshot = self.snapshot if seq <= self.snapshot.decided else self.refresh()
+        snapshot = self._snapshot_for(seq)
         seqs, locs = self.newest_le(blocks, seq)
         self._refuse_lost(seqs, seq)
         redo = locs > 0

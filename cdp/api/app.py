@@ -12,11 +12,11 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import trio
-from msgspec import Struct
+from msgspec import Meta, Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -95,6 +95,11 @@ class _Rollback(Struct, forbid_unknown_fields=True):
     to: str
     dry_run: bool = False
     disconnect: bool = False
+
+
+class _Scrub(Struct, forbid_unknown_fields=True):
+    wait: bool = True
+    rate: Annotated[int, Meta(ge=0)] | None = None
 
 
 class _OpenView(Struct, forbid_unknown_fields=True):
@@ -306,8 +311,14 @@ class _Api:
         return _json(await self._control.close_view(request.path_params["view"]))
 
     async def scrub(self, request: Request) -> Response:
-        name = _name(request)
-        return Work(lambda report: self._control.scrub(name, report))
+        name, body = _name(request), await _body(request, _Scrub)
+        return Work(lambda report: self._control.scrub(name, body.wait, body.rate, report))
+
+    async def scrub_status(self, request: Request) -> Response:
+        return _json(await self._control.scrub_status(_name(request)))
+
+    async def stop_scrub(self, request: Request) -> Response:
+        return _json(await self._control.stop_scrub(_name(request)))
 
     async def doctor(self, request: Request) -> Response:
         return _json(await self._control.doctor())
@@ -349,6 +360,8 @@ def _control_routes(api: _Api) -> list[BaseRoute]:
         Route("/v1/views", api.views, methods=["GET"]),
         Route("/v1/views/{view}", api.close_view, methods=["DELETE"]),
         Route(f"{one}/scrub", api.scrub, methods=["POST"]),
+        Route(f"{one}/scrub", api.scrub_status, methods=["GET"]),
+        Route(f"{one}/scrub", api.stop_scrub, methods=["DELETE"]),
         Route("/v1/doctor", api.doctor, methods=["GET"]),
     ]
 

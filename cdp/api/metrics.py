@@ -33,6 +33,11 @@ class DiskFacts:
     oldest_pin_seconds: float = 0.0
     status_age_seconds: float = 0.0
 
+    @property
+    def scrub(self) -> Mapping[str, Any]:
+        """How the disk's scrubs go."""
+        return self.disk.get("scrub") or {}
+
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
@@ -102,6 +107,16 @@ _NUMBERS: Final = (
     _Number("cdp_disk_trims", "Trims acknowledged", "recorder", "trims", counter=True),
     _Number("cdp_disk_written_bytes", "Bytes written", "recorder", "written_bytes", counter=True),
     _Number(
+        "cdp_disk_scrub_read_bytes", "Bytes of the journal scrubbed", "scrub", "bytes", counter=True
+    ),
+    _Number(
+        "cdp_disk_scrub_repaired",
+        "Damaged places that scrubs repaired",
+        "scrub",
+        "repaired",
+        counter=True,
+    ),
+    _Number(
         "cdp_disk_throttled_seconds",
         "Time for which writes were held back",
         "recorder",
@@ -130,6 +145,7 @@ class DisksCollector(Collector):
         yield self._window_configured()
         yield self._writes()
         yield self._corruptions()
+        yield from self._scrubs()
         yield from self._histograms()
         yield from self._ages()
         yield self._restarts()
@@ -168,6 +184,34 @@ class DisksCollector(Collector):
         return _per_disk(
             "cdp_disk_corruptions", "Records that do not match their checksum", found, counter=True
         )
+
+    def _scrubs(self) -> Iterator[Metric]:
+        """Without samples for what has not been yet, or is not scheduled."""
+        samples: dict[str, dict[str, float]] = {}
+        for facts in self._facts.disks:
+            last = facts.scrub.get("last") or {}
+            running = facts.scrub.get("running") or {}
+            damaged = sum(int(last.get(key) or 0) for key in ("covered", "repaired"))
+            found = {
+                "finished": last.get("finished"),
+                "lost": last.get("lost"),
+                "others": damaged if last else None,
+                "next": facts.scrub.get("next"),
+                "interval": facts.disk.get("scrub_interval_seconds"),
+                "progress": running["done"] / max(running["total"], 1) if running else None,
+            }
+            for key, value in found.items():
+                if value is not None:
+                    samples.setdefault(key, {})[str(facts.disk["name"])] = float(value)
+        for name, text, key in (
+            ("cdp_disk_scrub_last_success_timestamp_seconds", "End of the last scrub", "finished"),
+            ("cdp_disk_scrub_lost_places", "Damage found by it that costs content", "lost"),
+            ("cdp_disk_scrub_redundant_places", "Damage found by it that costs none", "others"),
+            ("cdp_disk_scrub_next_timestamp_seconds", "When the next is scheduled", "next"),
+            ("cdp_disk_scrub_interval_seconds", "Asked for with scrub-interval", "interval"),
+            ("cdp_disk_scrub_progress_ratio", "Of the scrub that runs", "progress"),
+        ):
+            yield _per_disk(name, text, samples.get(key, {}))
 
     def _histograms(self) -> Iterator[Metric]:
         for name, text, key in (

@@ -22,7 +22,6 @@ from cdp.cli.options import (
     size_option,
 )
 from cdp.cli.output import (
-    CliError,
     Table,
     confirm,
     note,
@@ -33,6 +32,8 @@ from cdp.cli.output import (
 )
 from cdp.cli.status import details, print_disks, show_status
 from journal.errors import InvalidInput
+
+DAMAGE_FOUND = 3  # exit status
 
 app = typer.Typer(no_args_is_help=True, help="Protect disks, and change how they are protected.")
 
@@ -159,8 +160,8 @@ def resize(ctx: typer.Context, name: Disk, size: SizeArgument, as_json: AsJson =
         print_line(f"{name}: {units.format_size(disk['size'])}")
 
 
-_DURATIONS = frozenset({"window", "sync-age"})
-_SIZES = frozenset({"journal-limit", "tail"})
+_DURATIONS = frozenset({"window", "sync-age", "scrub-interval"})
+_SIZES = frozenset({"journal-limit", "tail", "scrub-rate"})
 
 
 def _settings(pairs: list[str]) -> Json:
@@ -193,7 +194,8 @@ def set_options(
         typer.Argument(
             metavar="KEY=VALUE...",
             help="window=DURATION, journal-limit=SIZE, overflow=POLICY, tail=SIZE, "
-            "sync-age=DURATION, after-loss=auto|hold|offer. window=none: all that fits. "
+            "sync-age=DURATION, after-loss=auto|hold|offer, scrub-interval=DURATION, "
+            "scrub-rate=SIZE (a second). window=none: all that fits; the last two: none, too. "
             f"DURATION: {DURATION} SIZE: {SIZE}",
         ),
     ],
@@ -273,31 +275,53 @@ def offer(ctx: typer.Context, name: Disk, as_json: AsJson = False) -> None:
 
 
 # ------------------------------------------------------------------------------------------- checks
-def scrub(ctx: typer.Context, name: Disk, as_json: AsJson = False) -> None:
-    """Verify every checksum of a disk's history; exit status 1 if something is damaged."""
-    result = _long(client_of(ctx), "POST", path_of("disks", name, "scrub"), name)
-    damaged = result["damaged"]
-    if as_json:
-        print_json(result)
+def scrub(
+    ctx: typer.Context,
+    name: Disk,
+    wait: Annotated[
+        bool, typer.Option(help="Wait for its end. It goes on when you do not.")
+    ] = True,
+    rate: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bytes a second, or none; default: its scrub-rate."),
+    ] = None,
+    status: Annotated[
+        bool, typer.Option("--status", help="How it goes, and what the last one found.")
+    ] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the one that runs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Verify every checksum of a disk's journal, in the background; repair what lies twice.
+
+    Exit status: 0 nothing is damaged, 3 damage was found, also if it was repaired.
+    """
+    from cdp.cli.scrubs import begin_scrub, show_last, show_scrub
+
+    if status and stop:
+        raise typer.BadParameter("say --status or --stop")
+    client, path = client_of(ctx), path_of("disks", name, "scrub")
+    if stop:
+        client.delete(path)
+        print_line(f"{name}: no scrub runs any more")
+        return
+    if status:
+        damaged = show_last(name, client.get(path), as_json=as_json)
     else:
-        checked = units.format_size(result["checked_bytes"])
-        print_line(f"{name}: {checked} in {result['checked_records']} records checked")
-        titles = ["FILE", ">OFFSET", ">FIRST", ">LAST", "FROM", "TO", "WHAT"]
-        table = Table(titles)
-        for damage in damaged:
-            table.add(
-                str(damage["file"]),
-                str(damage["offset"]),
-                str(damage["first_seq"]),
-                str(damage["last_seq"]),
-                units.format_time(damage.get("from_time")),
-                units.format_time(damage.get("to_time")),
-                str(damage["what"]),
-            )
-        if damaged:
-            table.print("")
+        body = {"wait": wait, "rate": None if rate is None else _rate(rate)}
+        result = _long(client, "POST", path, name, body=body)
+        if not wait:
+            begin_scrub(name, as_json=as_json)
+            return
+        damaged = show_scrub(name, result, as_json=as_json)
     if damaged:
-        raise CliError(f"{name}: {len(damaged)} damaged places; points that need them fail to read")
+        raise typer.Exit(DAMAGE_FOUND)
+
+
+def _rate(text: str) -> int:
+    try:
+        return 0 if text.lower() == "none" else units.parse_size(text)
+    except InvalidInput as error:
+        raise typer.BadParameter(f"--rate: {error}") from None
 
 
 def doctor(ctx: typer.Context, as_json: AsJson = False) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from cdp import units
 from cdp.cli.api_client import ApiClient, Json, path_of
 from cdp.cli.output import CliError, Table, print_fields, print_json, print_line
+from cdp.cli.scrubs import describe
 
 
 def show_status(client: ApiClient, name: str | None, *, as_json: bool) -> None:
@@ -107,6 +108,7 @@ def details(disk: Json) -> list[tuple[str, str]]:
             "not applied",
             f"{number('apply_lag_bytes', size)}, {number('apply_lag_records')} records",
         ),
+        ("scrub", describe(disk.get("scrub"))),
         ("clients", number("connections")),
         ("views", number("views")),
         ("bookmarks", number("bookmarks")),

@@ -17,7 +17,7 @@ import dataclasses
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 import numpy as np
@@ -33,7 +33,7 @@ from journal.errors import Conflict, Corruption, JournalFull, Vanished
 from journal.follower import RedoFollower
 from journal.format import BLOCK, Kind
 from journal.frontier import Frontier, unpack_position
-from journal.run_format import IndexFailed, IndexFull, RunDamaged
+from journal.run_format import INDEX, IndexFailed, IndexFull, RunDamaged
 from journal.runset import RunSet
 from journal.segment import SegmentInfo, Table
 from journal.storage import File, Storage
@@ -264,6 +264,13 @@ class Engine:
     def _group_blocks(self) -> int:
         """A step must be short against the time in which a client can fill a small journal."""
         return min(GROUP_BLOCKS, max(256, self.policy.journal_limit // GROUP_LIMIT_PART // BLOCK))
+
+    def drop_runs(self, names: Collection[str]) -> None:
+        """Throw away runs, by their files, that were found damaged; they are made anew."""
+        for runs in (self.redo_runs, self.undo_runs):
+            for run in [run for run in runs.runs if f"{INDEX}/{run.name}" in names]:
+                runs.throw_away(run, RunDamaged("found by a scrub", file=f"{INDEX}/{run.name}"))
+        self.history.refresh()
 
     def retry(self) -> None:
         """What holds apply, or what had no space, may be gone."""

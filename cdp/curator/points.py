@@ -22,7 +22,6 @@ from journal.catalog_state import Pin, drop, put
 from journal.errors import NotOpenable
 from journal.follower import RedoFollower
 from journal.segment import SegmentInfo, payload_sizes
-from replay.scrub import Scrub
 from replay.target import AtSeq, Bookmark, ClockTable, KeptPoint, parse_spec, resolve
 from replay.timeline import JournalTimeline
 
@@ -207,24 +206,23 @@ class Points:
             if info.trailer is not None and info.segment not in covered
         )
 
-    def scrubbed(self, job: Scrub) -> dict[str, Any]:
-        """The result of a scrub, with times."""
-        clock = self.clock()
+    def with_times(self, damaged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Damaged places with the times (UNIX seconds) of the records that they concern."""
         with self._lock:
             line = self.timeline()
+            clock = line.clock
 
             def wall(seq: int) -> float | None:
-                return clock.wall_of(line.stamp_of(seq)) / 1e9 if seq else None
+                return clock.wall_of(line.stamp_of(min(seq, line.durable_seq))) / 1e9
 
-            return {
-                "checked_bytes": job.done_bytes, "checked_records": job.records,
-                "damaged": [
-                    {"file": error.file, "offset": error.offset, "first_seq": error.first_seq,
-                     "last_seq": error.last_seq, "from_time": wall(error.first_seq),
-                     "to_time": wall(error.last_seq), "what": error.what}
-                    for error in job.damaged
-                ],
-            }  # fmt: skip
+            return [
+                {
+                    **each,
+                    "from_time": wall(each["first_seq"]) if each["last_seq"] else None,
+                    "to_time": wall(each["last_seq"]) if each["last_seq"] else None,
+                }
+                for each in damaged
+            ]
 
     def bookmarks(self) -> dict[str, Any]:
         """All bookmarks, ascending by seq, with wall-clock times (UNIX seconds)."""

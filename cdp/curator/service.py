@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -18,12 +18,12 @@ import trio
 from cdp.child import Child, wait_for_recorder
 from cdp.curator.engine import Engine
 from cdp.curator.points import Points
+from cdp.curator.scrubbing import Pass, Scrubbing
 from cdp.curator.start import ForeignWrite, check_backing, open_catalog, open_engine
 from cdp.rpc import Call, Reply
 from journal import reserve
-from journal.errors import Busy, Conflict, InvalidInput, JournalFull
+from journal.errors import Busy, Conflict, Corruption, InvalidInput, JournalFull
 from journal.frontier import Frontier
-from replay import scrub
 from replay.work import Flight
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Service:
         self._accepted = trio.Event()
         self._give_up_history = False
         self._state, self._reason = "starting", "waiting for the recorder"
+        self.scrubbing = Scrubbing(child.directory, child.config)
         self.steps = trio.Lock()
         self.stopping = trio.Event()  # `stop` was called
         self.stopped = trio.Event()  # and has done its work
@@ -78,7 +79,8 @@ class Service:
             "bookmarks": self.bookmarks, "unbookmark": self.unbookmark, "pin": self.pin,
             "unpin": self.unpin, "pins": self.pins, "set": self.set, "drain": self.drain,
             "release_masked": self.release_masked, "timeline": self.timeline,
-            "points": self.points, "scrub": self.scrub, "note_clock": self.note_clock,
+            "points": self.points, "scrub": self.scrub, "scrub_status": self.scrub_status,
+            "scrub_stop": self.scrub_stop, "note_clock": self.note_clock,
             "forget_history": self.forget_history, "accept_backing": self.accept_backing,
             "stop": self.stop,
         }  # fmt: skip
@@ -110,6 +112,12 @@ class Service:
         points.set_clock(self._clock)
         self._open = engine, points
         self._state, self._reason = "ready", ""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.scrubbing.run, self)
+            await self._step_on(engine)
+            nursery.cancel_scope.cancel()
+
+    async def _step_on(self, engine: Engine) -> None:
         while not self.stopping.is_set():
             async with self.steps:
                 if self.stopping.is_set():
@@ -166,7 +174,8 @@ class Service:
 
     async def status(self, _params: dict[str, Any], _fds: list[int], _call: Call) -> dict[str, Any]:
         """Numbers for `cdp status` and metrics; never waits for a step."""
-        return await trio.to_thread.run_sync(self._points.status)
+        numbers = await trio.to_thread.run_sync(self._points.status)
+        return {**numbers, "scrub": self.scrubbing.status()}
 
     async def resolve(self, params: dict[str, Any], _fds: list[int], _call: Call) -> dict[str, Any]:
         """What a SPEC or a ``stamp`` means: ``{"seq", "stamp", "wall_ns", "size"}``."""
@@ -220,6 +229,10 @@ class Service:
             policy.tail_bytes = int(params["tail_bytes"])
         if "overflow" in params:
             policy.overflow = str(params["overflow"])
+        if params.keys() & {"scrub_interval_seconds", "scrub_rate"}:
+            scrubbing = self.scrubbing
+            interval = params.get("scrub_interval_seconds", scrubbing.interval_seconds)
+            await scrubbing.set(interval, params.get("scrub_rate", scrubbing.rate))
         return {}
 
     async def drain(self, params: dict[str, Any], _fds: list[int], call: Call) -> dict[str, Any]:
@@ -273,15 +286,46 @@ class Service:
             )
         )  # fmt: skip
 
-    async def scrub(self, _params: dict[str, Any], _fds: list[int], call: Call) -> dict[str, Any]:
-        """Verify every checksum of both logs, segment by segment, steps in between."""
-        job = scrub.Scrub(self._engine.history)
-        while await self._locked(job.step):
-            call.progress(
-                {"phase": "scrubbing", "done": job.done_bytes, "total": job.total_bytes,
-                 "unit": "bytes"}
-            )  # fmt: skip
-        return self._points.scrubbed(job)
+    # ---------------------------------------------------------------------------------- scrubbing
+    async def scrub(self, params: dict[str, Any], _fds: list[int], call: Call) -> dict[str, Any]:
+        """Verify every checksum of the journal: begin, and wait for the end if ``wait``."""
+        self._engine  # noqa: B018  (refused while there is none)
+        rate = params.get("rate")
+        await self.scrubbing.start(None if rate is None else int(rate))
+        if not params.get("wait", True):
+            return {}
+        return await self._scrubbed(await self.scrubbing.wait(call.progress))
+
+    async def scrub_status(
+        self, _params: dict[str, Any], _fds: list[int], _call: Call
+    ) -> dict[str, Any]:
+        """How the one that runs goes; what the last one found."""
+        status, last = self.scrubbing.status(), self.scrubbing.last
+        if last is not None:
+            status["last"] |= await self._scrubbed(last)
+        return status
+
+    async def scrub_stop(
+        self, _params: dict[str, Any], _fds: list[int], _call: Call
+    ) -> dict[str, Any]:
+        """End the one that runs."""
+        self.scrubbing.stop()
+        return {}
+
+    async def _scrubbed(self, found: Pass) -> dict[str, Any]:
+        points = self._points
+        damaged = await trio.to_thread.run_sync(points.with_times, found.damaged)
+        return {"checked_bytes": found.bytes, "checked_records": found.records,
+                "damaged": damaged, "more": found.more}  # fmt: skip
+
+    async def repair_catalog(self) -> list[Corruption]:
+        """See `cdp.curator.scrubbing.Hands`."""
+        return await trio.to_thread.run_sync(self._engine.catalog.repair)
+
+    async def drop_runs(self, files: Sequence[str]) -> None:
+        """See `cdp.curator.scrubbing.Hands`."""
+        if files:
+            await self._locked(lambda: self._engine.drop_runs(files))
 
     async def note_clock(
         self, params: dict[str, Any], _fds: list[int], _call: Call

@@ -110,7 +110,7 @@ def open_engine(
     window = config.window_seconds
     engine = Engine(
         storage=storage, frontier=frontier, catalog=catalog, redo=redo, undo=undo,
-        undo_log=UndoLog(UndoFollower.of(storage, child.disk, frontier)),
+        undo_log=UndoLog(UndoFollower.of(storage, child.disk, frontier, catalog.undo)),
         redo_runs=runs[0], undo_runs=runs[1], backing=child.backing(), controls=controls,
         policy=Policy(
             None if window is None else int(window * 1e9), config.journal_limit, config.overflow,

@@ -75,10 +75,23 @@ class Administration:
         reply = await disk.curator.call("drain", on_progress=on_progress)
         return {"applied_seq": int(reply.result["applied"])}
 
-    async def scrub(self, disk: Disk, on_progress: OnProgress | None = None) -> dict[str, Any]:
-        """Verifies every checksum of a disk's history."""
+    async def scrub(
+        self, disk: Disk, *, wait: bool, rate: int | None, on_progress: OnProgress | None = None
+    ) -> dict[str, Any]:
+        """Verifies every checksum of a disk's journal; goes on when who waits for it leaves."""
         disk.check_in_use()
-        return (await disk.curator.call("scrub", on_progress=on_progress)).result
+        params = {"wait": wait, "rate": rate}
+        return (await disk.curator.call("scrub", params, on_progress=on_progress)).result
+
+    async def scrub_status(self, disk: Disk) -> dict[str, Any]:
+        """How the scrub that runs goes, and what the last one found."""
+        disk.check_in_use()
+        return (await disk.curator.call("scrub_status", again=True)).result
+
+    async def stop_scrub(self, disk: Disk) -> None:
+        """Ends the one that runs."""
+        disk.check_in_use()
+        await disk.curator.call("scrub_stop")
 
     # ---------------------------------------------------------------------------------- releasing
 

@@ -156,9 +156,19 @@ class DaemonControl:
         await self._administration.offer(self._disks[name])
         return await self.disk(name)
 
-    async def scrub(self, name: str, report: Report) -> Json:
+    async def scrub(self, name: str, wait: bool, rate: int | None, report: Report) -> Json:
         """Verifies every checksum."""
-        return await self._administration.scrub(self._disks[name], report)
+        disk = self._disks[name]
+        return await self._administration.scrub(disk, wait=wait, rate=rate, on_progress=report)
+
+    async def scrub_status(self, name: str) -> Json:
+        """How it goes, and what the last one found."""
+        return await self._administration.scrub_status(self._disks[name])
+
+    async def stop_scrub(self, name: str) -> Json:
+        """Ends the one that runs."""
+        await self._administration.stop_scrub(self._disks[name])
+        return {}
 
     # -------------------------------------------------------------------------------------- points
 

@@ -252,6 +252,8 @@ class Disks(Mapping[str, Disk]):
                 "sync-age": defaults.sync_age,
                 "segment": defaults.segment,
                 "after-loss": defaults.after_loss,
+                "scrub-interval": defaults.scrub_interval,
+                "scrub-rate": defaults.scrub_rate,
                 **({"journal-limit": defaults.journal_limit} if defaults.journal_limit else {}),
             }
         )

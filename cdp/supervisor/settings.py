@@ -16,16 +16,34 @@ from journal.errors import InvalidInput
 # Fields of DiskConfig.
 Settings = dict[str, Any]
 
-_DURATIONS: Final = {"window": "window_seconds", "sync-age": "sync_age_seconds"}
-_SIZES: Final = {"journal-limit": "journal_limit", "tail": "tail_bytes", "segment": "segment_bytes"}
+_DURATIONS: Final = {
+    "window": "window_seconds",
+    "sync-age": "sync_age_seconds",
+    "scrub-interval": "scrub_interval_seconds",
+}
+_SIZES: Final = {
+    "journal-limit": "journal_limit",
+    "tail": "tail_bytes",
+    "segment": "segment_bytes",
+    "scrub-rate": "scrub_rate",
+}
+_OPTIONAL: Final = frozenset({"window", "scrub-interval", "scrub-rate"})  # may be 'none'
 _WORDS: Final = {
     "overflow": ("overflow", OVERFLOWS),
     "after-loss": ("after_loss", ("auto", "hold", "offer")),
 }
-CHANGEABLE: Final = ("window", "journal-limit", "overflow", "tail", "sync-age", "after-loss")
+CHANGEABLE: Final = (
+    *("window", "journal-limit", "overflow", "tail", "sync-age", "after-loss"),
+    *("scrub-interval", "scrub-rate"),
+)
 # Which process has to hear of a change.
 FOR_RECORDER: Final = frozenset({"sync_age_seconds", "tail_bytes"})
-FOR_CURATOR: Final = frozenset({"window_seconds", "journal_limit", "overflow", "tail_bytes"})
+FOR_CURATOR: Final = frozenset(
+    {
+        *("window_seconds", "journal_limit", "overflow", "tail_bytes"),
+        *("scrub_interval_seconds", "scrub_rate"),
+    }
+)
 
 
 def parse_settings(values: Mapping[str, Any]) -> Settings:
@@ -47,8 +65,8 @@ def _parse(key: str, value: Any) -> tuple[str, Any]:
     if key not in _DURATIONS and key not in _SIZES:
         raise InvalidInput(f"there is no setting {key!r}: choose {', '.join(CHANGEABLE)}")
     if value is None or (isinstance(value, str) and value.lower() == "none"):
-        if key == "window":
-            return _DURATIONS[key], None
+        if key in _OPTIONAL:
+            return {**_DURATIONS, **_SIZES}[key], None
         raise InvalidInput(f"{key} cannot be 'none'")
     try:
         if key in _DURATIONS:

@@ -228,6 +228,9 @@ def describe(disk: Disk, board: StatusBoard, views: int, uri: str) -> dict[str, 
         "segment_bytes": config.segment_bytes,
         "tail_bytes": config.tail_bytes,
         "sync_age_seconds": config.sync_age_seconds,
+        "scrub_interval_seconds": config.scrub_interval_seconds,
+        "scrub_rate": config.scrub_rate,
+        "scrub": curator.get("scrub"),
         "status_age_seconds": round(max(0.0, board.age_seconds()), 3)
         if board.age_seconds() != float("inf")
         else None,

@@ -39,7 +39,7 @@ def open_history(child: Child, frontier: Frontier) -> History:
         told=told,
         frontier=frontier,
         redo=RedoFollower(storage, child.disk, frontier),
-        undo=UndoLog(UndoFollower.of(storage, child.disk, frontier)),
+        undo=UndoLog(UndoFollower.of(storage, child.disk, frontier, catalog.undo)),
         redo_runs=redo_runs, undo_runs=undo_runs, backing=child.backing(),
     )  # fmt: skip
 

@@ -440,6 +440,15 @@ class World:
             self.writer.spares.prepare(lambda: True)
         self.acting = ""
 
+    def say_durable(self) -> None:
+        """An idle recorder says in the log itself what is durable."""
+        assert self.writer is not None
+        self.writer.append(
+            [], [], [], 0, stamp=self.stamp, barrier=0, window_start=0,
+            applied=self.frontier.applied,
+        )  # fmt: skip
+        self.writer.sync()
+
     def rollback(self, seq: int, *, commit: bool = True) -> None:
         """Back to an openable point, by a viewer's plan."""
         self.sync()

@@ -277,6 +277,8 @@ def test_what_is_not_there(cdp: Commands, words: list[str], says: str) -> None:
         (["set", "disk0", "tail=1K"], "the tail is 1 KiB: it must be between 64 MiB and "),
         (["set", "disk0", "overflow=hide"], "overflow is one of "),
         (["set", "disk0", "after-loss=none"], "after-loss is one of auto, hold, offer"),
+        (["set", "disk0", "scrub-interval=1m"], "scrub-interval is 1 min: it must be between 1 h"),
+        (["set", "disk0", "scrub-rate=1"], "scrub-rate is 1 B: it must be between 64 KiB and "),
         (["resize", "disk0", "0"], "must be above 0"),
         (["resize", "disk0", "1000"], "use 512 or 1024"),
         (["resize", "disk0", "17T"], "at most"),

@@ -128,7 +128,7 @@ def test_other_listings(busy: Commands) -> None:
         }  # fmt: skip
     assert sum(view["writable"] for view in views) == 1
     scrubbed = busy.json("scrub", "busy")
-    assert set(scrubbed) == {"checked_bytes", "checked_records", "damaged"}
+    assert set(scrubbed) == {"checked_bytes", "checked_records", "damaged", "more"}
     assert scrubbed["damaged"] == []
     assert scrubbed["checked_records"] >= 20
     (plan,) = busy.json("rollback", "busy", "--to", "seq:1", "--dry-run")["plans"]

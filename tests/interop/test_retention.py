@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,11 +172,10 @@ def test_scrub_finds_what_is_damaged(shared: Daemon, cdp: Commands) -> None:
         file.seek(record["file_offset"] + 100)
         file.write(b"\xff\xff")
     ran = cdp.run("scrub", "hurt", "--json")
-    assert ran.status == 1
-    assert "1 damaged places; points that need them fail to read" in ran.err
-    import json
-
+    assert ran.status == 3
+    assert "1 damaged places; 0 repaired; 1 cost content, points that need it fail" in ran.err
     (damaged,) = json.loads(ran.out)["damaged"]
+    assert damaged["effect"] == "lost"
     assert damaged["file"] == record["file"]
     assert (damaged["first_seq"], damaged["last_seq"]) == (77, 77)
     low, high = record["file_offset"], record["file_offset"] + BLOCK
@@ -197,4 +197,57 @@ def test_scrub_finds_what_is_damaged(shared: Daemon, cdp: Commands) -> None:
     says = "reading hurt failed .*look with 'cdp scrub hurt'"
     cdp.refused("restore", "hurt", "--to", "seq:300", "--output", output, says=says)
     assert not Path(output).exists()
+    status = cdp.run("scrub", "hurt", "--status", "--json")
+    assert (status.status, json.loads(status.out)["last"]["damaged"]) == (3, [damaged])
+    assert cdp.disk("hurt")["scrub"]["last"]["lost"] == 1
     cdp("disk", "remove", "hurt", "--purge")
+
+
+def test_scrub_repairs_what_lies_twice(shared: Daemon, cdp: Commands) -> None:
+    """A copy of the catalog and a run of the index are damaged under a daemon that goes on."""
+    cdp("disk", "add", "twice", "--size", "4M", "--segment-bytes", "1M")
+    with NbdClient.connect(shared.uri("twice"), timeout=60) as client:
+        for number in range(1, 601):
+            client.write(number * BLOCK, number.to_bytes(4, "big") * 1024)
+        client.flush()
+    cdp("disk", "drain", "twice")
+    journal = Path(cdp.disk("twice")["journal"])
+    runs = eventually(lambda: sorted((journal / "index").glob("redo-*.run")), lambda: None)
+    for path, offset in ((journal / "catalog.1", 100), (runs[0], runs[0].stat().st_size - 9)):
+        with path.open("r+b") as file:
+            file.seek(offset)
+            (byte,) = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte ^ 0x10]))
+    ran = cdp.run("scrub", "twice", "--json")
+    assert ran.status == 3
+    damaged = json.loads(ran.out)["damaged"]
+    found = {(each["file"], each["effect"]) for each in damaged}
+    assert found == {("catalog.1", "repaired"), (f"index/{runs[0].name}", "repaired")}
+    assert cdp.json("scrub", "twice")["damaged"] == []
+    with NbdClient.connect(shared.uri("twice@seq:300"), timeout=60) as view:
+        assert view.read(300 * BLOCK, BLOCK) == (300).to_bytes(4, "big") * 1024
+        assert view.read(301 * BLOCK, BLOCK) == bytes(BLOCK)
+    cdp("disk", "remove", "twice", "--purge")
+
+
+def test_scrub_in_the_background(shared: Daemon, cdp: Commands) -> None:
+    cdp("disk", "add", "slowly", "--size", "16M")
+    with NbdClient.connect(shared.uri("slowly"), timeout=60) as client:
+        for number in range(64):
+            client.write(number * 128 * 1024, bytes([number]) * 128 * 1024)
+        client.flush()
+    cdp("disk", "set", "slowly", "scrub-interval=30d", "scrub-rate=1M")
+    disk = cdp.disk("slowly")
+    assert (disk["scrub_interval_seconds"], disk["scrub_rate"]) == (30 * 86400, MIB)
+    cdp("scrub", "slowly", "--no-wait")
+    eventually(
+        lambda: (cdp.json("scrub", "slowly", "--status")["running"] or {}).get("done"),
+        lambda: cdp.json("scrub", "slowly", "--status"),
+    )
+    cdp("scrub", "slowly", "--stop")
+    assert cdp.json("scrub", "slowly", "--status")["running"] is None
+    cdp.refused("scrub", "slowly", "--stop", says="no scrub runs")
+    cdp("scrub", "slowly", "--no-wait")
+    assert cdp.json("scrub", "slowly", "--rate", "none")["checked_bytes"] >= 8 * MIB
+    cdp("disk", "remove", "slowly", "--purge")

@@ -331,3 +331,51 @@ def test_the_newer_of_two_states_is_where_it_begins(tmp_path: Path) -> None:
         reader = open_it(tmp_path, read_only=True)
         assert (reader.state(), reader.damage) == (want, ())
         older.write_bytes(newer.read_bytes())
+
+
+# ------------------------------------------------------------------------ while it is being written
+def test_nothing_is_repaired_where_nothing_is_damaged(tmp_path: Path) -> None:
+    filled(tmp_path)
+    known = open_it(tmp_path)
+    known.commit(("applied", 77))
+    before = [path.read_bytes() for path in both(tmp_path)]
+    assert known.repair() == []
+    assert [path.read_bytes() for path in both(tmp_path)] == before
+    known.close()
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+@pytest.mark.parametrize("how", ["state", "commit", "padding", "room", "gone", "short", "zeroed"])
+def test_a_damaged_copy_is_replaced_in_use(tmp_path: Path, copy: int, how: str) -> None:
+    """No commit, and no start, has to come before somebody notices."""
+    known = open_it(tmp_path)
+    for number in range(5):
+        known.commit(("applied", 70 + number), ("marker", "x" * 700))
+    path, want = both(tmp_path)[copy], known.state()
+    entries, size = entries_of(path), path.stat().st_size
+    end = len(path.read_bytes().rstrip(b"\0"))
+    match how:
+        case "state":
+            flip(path, 60)
+        case "commit":
+            flip(path, entries[-2] + 600)
+        case "padding":
+            flip(path, entries[-1] - 1)
+        case "room":
+            flip(path, size - 5)
+        case "gone":
+            path.unlink()
+        case "short":
+            path.write_bytes(path.read_bytes()[: end - 5])
+        case "zeroed":
+            content = bytearray(path.read_bytes())
+            content[entries[-1] :] = bytes(size - entries[-1])
+            path.write_bytes(content)
+    (error,) = known.repair()
+    assert error.file == COPIES[copy]
+    assert known.repair() == []
+    known.commit(("applied", 90))
+    known.close()
+    both(tmp_path)[1 - copy].unlink()
+    after = open_it(tmp_path, read_only=True)
+    assert (after.state(), after.damage) == (want | {"applied": 90}, ())

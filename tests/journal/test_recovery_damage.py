@@ -288,3 +288,93 @@ def test_an_oldest_segment_that_was_not_reclaimed_is_missing(log: Life) -> None:
     assert (damage.file, damage.first_seq, damage.last_seq) == (
         segment_name(Log.REDO, 1), last, last,
     )  # fmt: skip
+
+
+# ---------------------------------------------------- found by damaging every place (tests/crash)
+def test_the_next_start_still_knows_what_is_lost_at_the_end(log: Life) -> None:
+    """! It was reported once, and cut: from the next start on the disk was served without it."""
+    log.write(1, 2)
+    log.write(3)
+    log.writer.sync()
+    log.hurt(1, log.batches(1)[1][0] + 8)
+    for durable in (3, 0, 0):
+        log.kill()
+        found = log.recover(durable=durable)
+        assert [(each.first_seq, each.last_seq) for each in found.corruptions] == [(3, 3)]
+        assert found.applied == 0
+
+
+def test_a_lost_header_is_reported_with_its_seqs(log: Life) -> None:
+    """! Without them nobody saw that records above `applied` were among them, and the disk was
+    served. What is applied is not looked at, so the segment before it tells nothing either.
+    """
+    log.fill(80)
+    log.writer.sync()
+    last, infos = log.writer.last_seq, log.infos()
+    number = infos[-2].segment
+    log.write(1, applied=infos[-2].first_seq)
+    log.writer.sync()
+    log.hurt(number, 60)
+    for _ in range(2):
+        log.kill()
+        found = log.recover(durable=last, applied=infos[-2].first_seq)
+        assert [(each.file, each.first_seq, each.last_seq) for each in found.corruptions] == [
+            (infos[-2].name, infos[-2].first_seq, infos[-1].first_seq - 1)
+        ]
+
+
+def test_the_header_of_the_newest_segment(log: Life) -> None:
+    """! It looks like one that was begun in a crash, and was removed, with all that it held, if
+    nobody else knew of that. But its batches know of durable ones in the same segment.
+    """
+    log.fill(80)
+    log.write(5)
+    log.writer.sync()
+    known = log.writer.last_seq
+    log.write(6)
+    log.writer.sync()
+    last, newest = log.writer.last_seq, log.infos()[-1]
+    log.hurt(newest.segment, 60)
+    for _ in range(2):
+        log.kill()
+        found = log.recover()
+        (damage,) = found.corruptions
+        assert (damage.file, damage.first_seq) == (newest.name, newest.first_seq)
+        assert damage.last_seq == known
+        assert found.start.segment.header.first_seq > last
+        assert newest.name in log.storage.live
+    assert not found.clean
+
+
+def test_batches_that_know_nothing_of_their_segment_do_not_save_it(log: Life) -> None:
+    """Begun in a crash, with batches behind a header that never got there."""
+    log.fill(12)
+    log.writer.sync()
+    while len(log.infos()) < 2:
+        log.write(1, 2, 3)
+    log.write(4)
+    newest = log.infos()[-1]
+    log.hurt(newest.segment, 60)
+    log.kill()
+    found = log.recover()
+    assert found.corruptions == []
+    assert newest.name not in log.storage.live
+
+
+@pytest.mark.parametrize("bit", range(0, 64, 9))
+def test_a_damaged_batch_beside_a_whole_footer_tells_nothing(log: Life, bit: int) -> None:
+    """! The last batch of a sealed segment was asked for `applied`, and believed without a look at
+    its checksum: an `applied` too high leaves records out of the disk that are only in the log.
+    """
+    log.fill(12)
+    log.writer.sync()
+    while len(log.infos()) < 2:
+        log.write(1, applied=2)
+        log.writer.sync()
+    log.writer.close()
+    for info in log.infos():
+        content = log.file(info.segment)
+        offset = log.batches(info.segment)[-1][0]
+        content[offset + 80 + bit // 8] ^= 1 << bit % 8
+    log.kill()
+    assert log.recover().applied <= 2

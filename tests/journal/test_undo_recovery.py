@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from journal.errors import Corruption, JournalFull
-from journal.format import BLOCK, Log
-from journal.frontier import pack_position
+from journal.format import BLOCK, Kind, Log
+from journal.frontier import pack_position, unpack_position
 from journal.segment import SegmentLister, segment_name
 from journal.undo import UndoFailed
+from journal.undo_follower import UndoFollower
 from tests.journal.undo_world import (
     DISK,
     World,
@@ -258,3 +259,48 @@ def test_a_sweep_of_the_newest_is_no_loss_and_its_number_is_not_used_again(
     assert len(world.images()) == 6
     if remembered == "by the frontier":
         assert found.published >= pack_position(3, 4096), "it never falls"
+
+
+# ---------------------------------------------------- found by damaging every place (tests/crash)
+def _listed(world: World) -> UndoFollower:
+    return UndoFollower(world.storage, DISK, lambda: world.published, listed=lambda: world.list)
+
+
+def _lost(follower: UndoFollower) -> list[int]:
+    """Segments with rows of which it is only known that they are lost."""
+    snapshot = follower.snapshot()
+    tables = [(info.segment, follower.table(snapshot, info)) for info in snapshot.segments]
+    return [number for number, table in tables if (table.rows["kind"] == Kind.LOST).any()]
+
+
+def test_readers_miss_the_newest_segment_when_it_is_lost(world: World) -> None:
+    """! What was published ended before it then, so its images were not missed: points that needed
+    them were given what the backing holds now.
+    """
+    published_in_three_segments(world)
+    data = bytearray(world.path(3).read_bytes())
+    data[60] ^= 1
+    world.path(3).write_bytes(data)
+    for hint in (False, True):
+        assert world.recover(hint=hint).lost == (3,)
+        assert unpack_position(world.published)[0] >= 3
+
+
+@pytest.mark.parametrize("segment", [2, 3])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_published_end_that_is_damaged_is_missed(world: World, segment: int, again: bool) -> None:
+    """! Its last batch, and nothing behind: it looked like one that ends before."""
+    published_in_three_segments(world)
+    data = bytearray(world.path(segment).read_bytes())
+    (info,) = (i for i in _listed(world).snapshot().segments if i.segment == segment)
+    follower = _listed(world)
+    last = follower.table(follower.snapshot(), info).batches[-1]
+    for at in (int(last["offset"]) + 8, info.size - 20):  # and it is not sealed
+        data[at] ^= 1
+    world.path(segment).write_bytes(data)
+    if again:
+        world.recover(hint=False)
+    assert _lost(_listed(world)) == [segment]
+    world.append(image(99, 9))
+    world.sync()
+    assert _lost(_listed(world)) == [segment]

@@ -97,6 +97,8 @@ class Recording:
         return call
 
 
+BODIES: dict[str, Json] = {"resize": {"size": 1}, "scrub": {}}
+
 ROUTES: list[tuple[str, str, Json | None, str, list[Any]]] = [
     ("GET", "/v1/status", None, "status", []),
     ("GET", "/v1/disks/d", None, "disk", ["d"]),
@@ -123,7 +125,10 @@ ROUTES: list[tuple[str, str, Json | None, str, list[Any]]] = [
      ["d", "now", True]),
     ("GET", "/v1/views", None, "views", []),
     ("DELETE", "/v1/views/v", None, "close_view", ["v"]),
-    ("POST", "/v1/disks/d/scrub", {}, "scrub", ["d"]),
+    ("POST", "/v1/disks/d/scrub", {}, "scrub", ["d", True, None]),
+    ("POST", "/v1/disks/d/scrub", {"wait": False, "rate": 5}, "scrub", ["d", False, 5]),
+    ("GET", "/v1/disks/d/scrub", None, "scrub_status", ["d"]),
+    ("DELETE", "/v1/disks/d/scrub", None, "stop_scrub", ["d"]),
     ("GET", "/v1/doctor", None, "doctor", []),
 ]  # fmt: skip
 
@@ -193,10 +198,10 @@ async def test_errors_have_a_status_and_a_kind(
         async def resize(self, name: str, size: int) -> Json:
             raise error("what to do")
 
-        async def scrub(self, name: str, report: Report) -> Json:
+        async def scrub(self, name: str, wait: bool, rate: int | None, report: Report) -> Json:
             raise error("what to do")
 
-    answer = await Client(Refusing()).request("POST", target, {"size": 1})
+    answer = await Client(Refusing()).request("POST", target, BODIES[target.rpartition("/")[2]])
     assert (answer.status, answer.json) == (status, {"error": "what to do", "kind": kind})
 
 
@@ -207,12 +212,12 @@ async def test_a_bug_is_an_answer(target: str) -> None:
         async def resize(self, name: str, size: int) -> Json:
             raise KeyError("oops")
 
-        async def scrub(self, name: str, report: Report) -> Json:
+        async def scrub(self, name: str, wait: bool, rate: int | None, report: Report) -> Json:
             raise KeyError("oops")
 
     answer = Answer()
     try:
-        await Client(Broken()).request("POST", target, {"size": 1}, answer)
+        await Client(Broken()).request("POST", target, BODIES[target.rpartition("/")[2]], answer)
     except KeyError:
         # starlette hands it on to the server once it has been answered.
         assert target.endswith("resize")
@@ -226,7 +231,7 @@ async def test_a_bug_is_an_answer(target: str) -> None:
 
 async def test_progress_then_the_result(autojump_clock: trio.testing.MockClock) -> None:
     class Working:
-        async def scrub(self, name: str, report: Report) -> Json:
+        async def scrub(self, name: str, wait: bool, rate: int | None, report: Report) -> Json:
             for done in range(3):
                 report({"phase": "scrubbing", "done": done, "total": 3, "unit": "bytes"})
                 await trio.sleep(1)
@@ -243,7 +248,7 @@ async def test_an_error_after_progress_is_the_last_line(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     class Failing:
-        async def scrub(self, name: str, report: Report) -> Json:
+        async def scrub(self, name: str, wait: bool, rate: int | None, report: Report) -> Json:
             report({"done": 1})
             await trio.sleep(1)
             raise Conflict("too late")
@@ -257,7 +262,7 @@ async def test_only_the_latest_of_many_reports_is_sent(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     class Chatty:
-        async def scrub(self, name: str, report: Report) -> Json:
+        async def scrub(self, name: str, wait: bool, rate: int | None, report: Report) -> Json:
             for done in range(100_000):
                 report({"done": done})
             await trio.sleep(1)
@@ -271,7 +276,7 @@ async def test_who_hangs_up_cancels_the_work() -> None:
     began, cancelled = trio.Event(), trio.Event()
 
     class Working:
-        async def scrub(self, name: str, report: Report) -> Json:
+        async def scrub(self, name: str, wait: bool, rate: int | None, report: Report) -> Json:
             began.set()
             try:
                 await trio.sleep_forever()

@@ -39,6 +39,14 @@ NAMES = [
     "cdp_disk_oldest_pin_seconds",
     "cdp_disk_corruptions_total",
     "cdp_disk_child_restarts_total",
+    "cdp_disk_scrub_interval_seconds",
+    "cdp_disk_scrub_last_success_timestamp_seconds",
+    "cdp_disk_scrub_lost_places",
+    "cdp_disk_scrub_next_timestamp_seconds",
+    "cdp_disk_scrub_progress_ratio",
+    "cdp_disk_scrub_read_bytes_total",
+    "cdp_disk_scrub_redundant_places",
+    "cdp_disk_scrub_repaired_total",
     "cdp_disk_status_age_seconds",
     "cdp_nbd_protocol_errors_total",
     "cdp_nbd_connections",
@@ -55,6 +63,14 @@ def facts() -> HostFacts:
         "lag_seconds": 0.5,
         "window_configured": 3600.0,
         "restarts": {"recorder": 2, "curator": 0, "viewer": 0},
+        "scrub_interval_seconds": 604800.0,
+        "scrub": {
+            "running": {"started": 1.0, "done": 1, "total": 4, "damaged": 0},
+            "last": {"finished": 1e9, "lost": 2, "covered": 1, "repaired": 3},
+            "next": 2e9,
+            "bytes": 77,
+            "repaired": 4,
+        },
     }
     recorder = {
         "writes": 10,
@@ -97,6 +113,10 @@ def test_values() -> None:
     assert found["cdp_disk_writes_total{disk=disk0}"] == 13
     assert found["cdp_disk_corruptions_total{disk=disk0}"] == 3
     assert found["cdp_disk_window_shrunk_total{disk=disk0}"] == 5
+    assert found["cdp_disk_scrub_lost_places{disk=disk0}"] == 2
+    assert found["cdp_disk_scrub_redundant_places{disk=disk0}"] == 4
+    assert found["cdp_disk_scrub_progress_ratio{disk=disk0}"] == 0.25
+    assert found["cdp_disk_scrub_last_success_timestamp_seconds{disk=disk0}"] == 1e9
     assert found["cdp_disk_child_restarts_total{disk=disk0,role=recorder}"] == 2
     assert found["cdp_disk_write_seconds_bucket{disk=disk0,le=0.01}"] == 5
     assert found["cdp_disk_write_seconds_bucket{disk=disk0,le=+Inf}"] == 6

@@ -167,15 +167,54 @@ def test_scrub(cdp: Cdp, api: FakeApi) -> None:
 
 def test_scrub_that_finds_damage_fails(cdp: Cdp, api: FakeApi) -> None:
     damage = {"file": "redo/1.seg", "offset": 4096, "first_seq": 5, "last_seq": 6}
-    damage |= {"from_time": NOW, "to_time": None, "what": "checksum mismatch"}
-    result = {"checked_bytes": 0, "checked_records": 0, "damaged": [damage]}
+    damage |= {"from_time": NOW, "to_time": None, "what": "checksum mismatch", "effect": "lost"}
+    result = {"checked_bytes": 0, "checked_records": 0, "damaged": [damage], "more": 2}
     api.answer("POST", "/v1/disks/a/scrub", [{"result": result}])
     ran = cdp("scrub", "a")
-    assert "a: 1 damaged places" in ran.error
+    assert ran.status == 3
+    assert "a: 3 damaged places; 0 repaired; 3 cost content" in ran.err
     assert "redo/1.seg    4096" in ran.out
     as_json = cdp("scrub", "a", "--json")
-    assert as_json.status == 1
+    assert as_json.status == 3
     assert json.loads(as_json.out) == result
+
+
+def test_scrub_in_the_background(cdp: Cdp, api: FakeApi) -> None:
+    api.answer("POST", "/v1/disks/a/scrub", [{"result": {}}])
+    ran = cdp("scrub", "a", "--no-wait", "--rate", "2M")
+    assert ran.out == "a: being scrubbed; see 'cdp scrub a --status'\n"
+    assert api.calls[0].body == {"wait": False, "rate": 2 << 20}
+    cdp("scrub", "a", "--no-wait", "--rate", "none")
+    assert api.calls[1].body == {"wait": False, "rate": 0}
+    assert "--rate: " in cdp("scrub", "a", "--rate", "fast").err
+    api.answer("DELETE", "/v1/disks/a/scrub", {})
+    assert cdp("scrub", "a", "--stop").status == 0
+    assert cdp("scrub", "a", "--stop", "--status").status == 2
+
+
+def test_scrub_status(cdp: Cdp, api: FakeApi) -> None:
+    status: dict[str, Any] = {"running": None, "last": None, "next": None, "failure": None}
+    api.answer("GET", "/v1/disks/a/scrub", status)
+    assert cdp("scrub", "a", "--status").out == "a: never came to its end yet; not scheduled\n"
+    running = {"started": NOW, "done": 1 << 20, "total": 4 << 20, "damaged": 0}
+    last: dict[str, Any] = {"started": NOW, "finished": NOW, "bytes": 1, "lost": 0, "covered": 0}
+    damage = {"file": "index/redo-00000001.run", "offset": 0, "first_seq": 0, "last_seq": 0}
+    damage |= {"from_time": None, "to_time": None, "what": "damaged page", "effect": "repaired"}
+    last |= {
+        "checked_bytes": 1,
+        "checked_records": 1,
+        "damaged": [damage],
+        "more": 0,
+        "repaired": 1,
+    }
+    status |= {"running": running, "last": last, "next": NOW}
+    api.answer("GET", "/v1/disks/a/scrub", status)
+    ran = cdp("scrub", "a", "--status")
+    assert ran.out.startswith("a: running: 1 MiB of 4 MiB (25 %); last ")
+    assert "1 repaired" in ran.out
+    assert ran.status == 3
+    as_json = cdp("scrub", "a", "--status", "--json")
+    assert (as_json.status, json.loads(as_json.out)) == (3, status)
 
 
 def test_doctor(cdp: Cdp, api: FakeApi) -> None:
