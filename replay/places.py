@@ -28,7 +28,7 @@ from journal.limits import FILES_OPEN_MAX
 from journal.run_format import RunDamaged
 from journal.segment import SegmentInfo, Table
 from journal.segment_cache import Slices
-from journal.storage import Buffer, Room
+from journal.storage import IOV_MAX, Buffer, Room
 from replay.facts import Log, Snapshot
 from replay.history import History, Piece, fill_zero
 
@@ -41,6 +41,7 @@ _WANTED_MAX: Final = 1 << 16  # chunks of which it is counted how many blocks we
 PART_BLOCKS: Final = FILES_OPEN_MAX // 2  # read at once: all the files it takes stay open
 _ZEROES_SHARE: Final = 4  # fewer than a fourth of what is copied: copied as well
 _PIECE_BLOCKS: Final = 4  # pieces that are longer on average are read, not gathered
+assert PART_BLOCKS <= IOV_MAX
 _SEGMENTS_MAX: Final = 1 << 14  # some of them gone: look which
 
 _UNKNOWN, _SMALL, _LARGE, _ZERO, _BACKING = range(5)

@@ -60,7 +60,8 @@ class Service:
         while True:
             if not self._views and not self._history.is_prepared:
                 try:
-                    await trio.to_thread.run_sync(self._prepare)
+                    # (A device that hangs does not keep anybody from stopping us.)
+                    await trio.to_thread.run_sync(self._prepare, abandon_on_cancel=True)
                     pause = PREPARE_SECONDS
                 except (OSError, JournalError) as error:  # whoever opens a view will be told
                     log.info("cannot prepare for views: %s", error)

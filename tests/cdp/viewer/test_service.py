@@ -23,7 +23,7 @@ MANY_PERIODS = 1000 * PREPARE_SECONDS
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that jumps when all tasks wait would jump while a thread is at work."""
 
-    async def run_sync(function: Callable[..., object], *arguments: object) -> object:
+    async def run_sync(function: Callable[..., object], *arguments: object, **_: bool) -> object:
         await trio.lowlevel.checkpoint()
         return function(*arguments)
 
