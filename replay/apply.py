@@ -84,6 +84,7 @@ class Applier:
         self._inside = False  # a rollback, at ``done``
         self._gaps_passed = False
         self._flight: tuple[int, Flight] | None = None  # a sync, and what was whole when it began
+        self._doubtful_upto = 0  # groups up to there were not all synced by a sync that failed
 
     @property
     def unfinished(self) -> bool:
@@ -94,6 +95,13 @@ class Applier:
     def settled(self) -> bool:
         """Whether everything that was ever begun is applied."""
         return self.done == self.applied >= self.started
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the backing may hold, when the page cache is gone, something else than it does
+        now: a sync has failed, and what that had is not written again yet.
+        """
+        return self.applied < self._doubtful_upto
 
     def step(self, *, limit_blocks: int = GROUP_BLOCKS) -> bool:
         """Save and overwrite one group; whether there was one.
@@ -172,6 +180,7 @@ class Applier:
         try:
             self._work.take_in(flight)
         except OSError:
+            self._doubtful_upto = self.started
             self.done = self._whole = self.applied
             self._inside = False
             self.unsynced_bytes = 0

@@ -519,16 +519,21 @@ class Engine:
         self.history.refresh()
 
     def close(self) -> None:
-        """The end of a clean stop: everything is applied; logs are sealed, the catalog says so."""
+        """The end of a clean stop: everything is applied; logs are sealed, the catalog says so.
+
+        ! Not if a sync of the backing failed and not all of it is written again: what is read here
+        may be gone with the page cache, and would be taken for somebody else's write.
+        """
         self.applier.finish()
         self.work.undo.close()
         self.controls.catch_up(commit_place=True)
+        known = not self.applier.doubtful
         self.catalog.commit(
             *self.work.take_ends(),
             ("fingerprint", fingerprint.take(
                 self.work.backing, identity=self.identity(), last_blocks=self.applier.last_blocks
-            )),
-            ("clean", True),
+            ) if known else None),
+            ("clean", known),
         )  # fmt: skip
         self.catalog.close()
         for runs in (self.redo_runs, self.undo_runs):

@@ -240,6 +240,7 @@ class Service:
         engine = self._engine
         target = int(params.get("upto") or engine.frontier.durable)
         start, until = engine.applier.applied, trio.current_time() + DRAIN_SECONDS
+        await self._locked(engine.retry)  # what held apply before may be over
         while not await self._locked(lambda: engine.drain_step(target, self._child.stamp())):
             if engine.held is not None:
                 if not engine.full or trio.current_time() > until:

@@ -73,6 +73,7 @@ class Bookmarks:
                 )
             points[disk.name] = await at_stamp(disk, stamp)
 
+        first: BaseException | None = None
         try:
             async with trio.open_nursery() as nursery:
                 for disk in disks:
@@ -80,7 +81,8 @@ class Bookmarks:
         except* CdpError as group:
             first = group
             while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]  # type: ignore[assignment]
+                first = first.exceptions[0]
+        if first is not None:  # raised in there it would be a group again, before Python 3.11.4
             raise first from None
         return points
 

@@ -22,7 +22,15 @@ MARKER: Final = "removing.json"
 PURGE: Final = "removing.purge"
 _JOURNAL_DIRECTORIES: Final = ("redo", "undo", "index")
 _JOURNAL_FILES: Final = ("catalog.*", "reserve", "reserve.*")
-_OWN_FILES: Final = ("*.sock", "*.lock", "frontier", "*.new", "held.json", "network-client")
+_OWN_FILES: Final = (
+    "*.sock",
+    "*.lock",
+    "frontier",
+    "*.new",
+    "held.json",
+    "network-client",
+    "scrub.json",
+)
 
 
 def mark(directory: Path, *, purge: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from cdp.curator import engine as engine_module
 from journal import reserve
-from journal.catalog import CatalogFailed
+from journal.catalog import Catalog, CatalogFailed
 from journal.errors import Corruption
 from journal.format import HEADER_PAGE, Kind
 from journal.run_format import IndexFull
@@ -19,7 +19,7 @@ from journal.runset import RunSet
 from journal.undo import UndoFailed
 from tests.crash.curator_checks import check, check_backing
 from tests.crash.curator_model import World
-from tests.crash.curator_storage import BACKING, values
+from tests.crash.curator_storage import BACKING, DISK, values
 
 SECOND = 1_000_000_000
 
@@ -104,6 +104,36 @@ def test_after_a_failed_sync_of_the_backing_all_is_written_again(world: World) -
     world.lose_power("journal")
     check(world)
     assert values(bytes(world.sim.live[BACKING].live))[:2] == [0, 2]
+
+
+@pytest.mark.expect_log("apply is held: apply waits")
+def test_a_stop_while_the_backing_fails_leaves_no_fingerprint(world: World) -> None:
+    """! The page cache still shows what never reached the device; the next start reads the latter,
+    which would be taken for a write of somebody else.
+    """
+    world.write(1)
+    world.sync()
+    assert world.apply()
+
+    def fails() -> None:
+        raise OSError(errno.EIO, "simulated")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(world.running.work.backing, "sync", fails)
+        assert not step(world)
+    backing = world.sim.live[BACKING]
+    backing.pending.clear()  # the kernel calls the pages clean, and drops them later
+    world.act(lambda engine: engine.close())
+    world.stop_curator()
+    backing.live[:] = backing.durable
+    catalog = Catalog.open(world.routed, DISK, read_only=True)
+    assert catalog.fingerprint is None
+    assert not catalog.clean
+    world.start_curator()
+    rest(world)
+    assert world.frontier.applied == 1
+    check(world)
+    check_backing(world)
 
 
 def test_another_error_ends_the_process(world: World) -> None:
