@@ -53,6 +53,9 @@ WINDOW_BYTES: Final = 1 << 20
 ATTEMPTS: Final = 100
 PLACES_MAX: Final = 1000  # that are told one by one; of what goes beyond only the number
 
+_U64: Final = U64.unpack_from
+_NOTHING: Final = bytes(8)
+
 Read = Callable[[File, int, memoryview], int]
 
 
@@ -412,20 +415,23 @@ class _Pieces(NamedTuple):
         ``start`` on, is changed.
         """
         low, high = (self.low[at:to] - start).tolist(), (self.high[at:to] - start).tolist()
-        heads = np.flatnonzero(self.row[at:to] < 0).tolist()
-        stored = [U64.unpack_from(window, low[each] + CHAIN_AT)[0] for each in heads]
-        for each in heads:  # a head's own checksum is taken with zeroes in its place
-            window[low[each] + CHAIN_AT : low[each] + CHAIN_AT + 8] = bytes(8)
-        found = [checksum(window[one:end]) for one, end in zip(low, high, strict=True)]
         wanted = self.wanted[at:to].tolist()
-        for each, own in zip(heads, stored, strict=True):
-            if own == wanted[each]:
-                found[each] = checksum(window[low[each] : high[each]], seed)
-            else:
-                found[each] = ~wanted[each]
-        if found == wanted:
+        head = self.row[at:to] < 0
+        false = set()
+        for each in np.flatnonzero(head).tolist():
+            chain = low[each] + CHAIN_AT
+            if _U64(window, chain)[0] != wanted[each]:
+                false.add(each)
+            window[chain : chain + 8] = _NOTHING  # as when the sum was taken
+        seeds = np.where(head, np.uint64(seed), np.uint64(0)).tolist()  # 0: as without one
+        found = [
+            checksum(window[one:end], seed) for one, end, seed in zip(low, high, seeds, strict=True)
+        ]
+        if found == wanted and not false:
             return []
-        return [at + each for each in range(to - at) if found[each] != wanted[each]]
+        return [
+            at + each for each in range(to - at) if found[each] != wanted[each] or each in false
+        ]
 
 
 def _number(name: str) -> int:
