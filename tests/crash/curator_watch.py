@@ -40,8 +40,7 @@ class Watch:
         Unless there is something newer for it, which may be there already, or torn.
         """
         world = self.world
-        given_up = world.engine.catalog.voided if world.engine is not None else 0
-        if applied < max(world.last_gap(), given_up + 1) or applied >= len(world.model):
+        if applied < world.last_gap() or applied >= len(world.model):
             return  # nobody knows what others wrote; or it is not taken in yet
         newest = _newest(world)
         disk = next(disk for disk in reversed(world.model[: applied + 1]) if disk is not None)
