@@ -104,8 +104,7 @@ class UndoFollower:
         listed: Callable[[], Mapping[int, int]] = dict,
     ) -> UndoFollower:  # fmt: skip
         """One that goes by a disk's frontier."""
-        published = lambda: frontier.undo_published  # noqa: E731
-        return cls(storage, disk, published, frontier.generations, listed)
+        return cls(storage, disk, lambda: frontier.undo_published, frontier.generations, listed)
 
     @property
     def damaged(self) -> dict[str, Corruption]:

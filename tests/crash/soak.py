@@ -38,6 +38,7 @@ from tests.crash.numbered_disk import (
     State,
     States,
     connected,
+    differences,
     numbers,
     read,
     read_point,
@@ -48,7 +49,7 @@ from tests.interop.faulty_device import Faulty, faulty
 
 CHUNK_STEPS: Final = 200  # a new daemon and disk after so many
 SEQS_MAX: Final = 2000  # points whose content is remembered
-BOOKMARKS_MAX: Final = 20
+BOOKMARKS_MAX: Final = 5  # what they keep must fit the journal, or writes wait for ever
 
 
 class Soak:
@@ -94,8 +95,11 @@ class Soak:
         changes = [Change.random(rng) for _ in range(rng.randrange(20, 400))]
         first, acknowledged = self.states.last, [0]
 
+        # Connected before anything is killed: nobody would start what it would wait for.
+        client = connected(self.daemon, "d")
+
         def work() -> None:
-            with contextlib.suppress(*GONE), connected(self.daemon, "d") as client:
+            with contextlib.suppress(*GONE), client:
                 for change in changes:
                     change.send(client, self._change(change))
                     acknowledged[0] += 1
@@ -143,7 +147,8 @@ class Soak:
     def look_back(self, rng: random.Random) -> None:
         """Points: each is what it was, or is not kept any more."""
         for label in rng.sample(sorted(self.bookmarks), min(3, len(self.bookmarks))):
-            assert read(self.daemon, f"d@{label}") == self.bookmarks[label], label
+            found = differences(read(self.daemon, f"d@{label}"), self.bookmarks[label])
+            assert not found, f"bookmark {label}, blocks as they are and were: {found}"
         first = int(self.cdp.disk("d")["window_start_seq"])
         for seq in rng.sample(sorted(self.points), min(5, len(self.points))):
             state = read_point(self.daemon, f"d@seq:{seq}")
@@ -152,7 +157,8 @@ class Soak:
                 assert seq < moved, f"seq {seq} is in the window from {first}, and not openable"
                 del self.points[seq]
             else:
-                assert state == self.points[seq], f"seq {seq}"
+                found = differences(state, self.points[seq])
+                assert not found, f"seq {seq}, blocks as they are and were: {found}"
 
     def roll_back(self, rng: random.Random) -> None:
         """To a bookmark or a seq."""
@@ -212,7 +218,7 @@ class Soak:
     def configure(self, rng: random.Random) -> None:
         """Policies that give up history, or stop doing so."""
         setting = rng.choice(
-            ("window=2s", "window=none", "journal-limit=4M", "journal-limit=8M", "tail=64M",
+            ("window=2s", "window=none", "journal-limit=8M", "journal-limit=16M", "tail=64M",
              "tail=1G", "sync-age=100ms", "sync-age=1s")
         )  # fmt: skip
         self.cdp("disk", "set", "d", setting)
@@ -233,7 +239,8 @@ class Soak:
 
     def check(self) -> None:
         """After each step."""
-        assert read(self.daemon, "d") == self.states.newest
+        found = differences(read(self.daemon, "d"), self.states.newest)
+        assert not found, f"blocks as they are and should be: {found}"
 
 
 STEPS: Final[dict[Callable[[Soak, random.Random], None], int]] = {
@@ -269,6 +276,7 @@ def run(seed: int, steps: Iterable[int], deadline: float, say: Callable[[str], N
                     soak.check()
                 except BaseException as error:
                     error.add_note(f"step {number}, {step.__name__}, of seed {seed}")
+                    error.add_note(soak.cdp.run("status", "d", "--json").out)
                     error.add_note(daemon.said())
                     raise
                 done += 1

@@ -174,7 +174,7 @@ def choose(cutter: Cutter, story: Story, count: int, rng: random.Random) -> list
 
 
 @pytest.mark.crash
-@pytest.mark.timeout(7200 if FULL else 120)
+@pytest.mark.timeout(60 + 20 * CUTS)
 @pytest.mark.usefixtures("may_mount")
 @pytest.mark.needs_tool("nbdfuse", "qemu-nbd", "losetup", "unshare", "mkfs.ext4", "mkfs.xfs")
 @pytest.mark.parametrize("kind", sorted(SIZES))
